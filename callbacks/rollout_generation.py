@@ -1,0 +1,58 @@
+"""The life of the rollout engine inside a fit: start it, let the loader use it, close it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from vespo_lightning.rollouts.producer import RolloutProducer
+from vespo_lightning.rollouts.sample import MiniBatch
+
+#: Rollouts in a row with nothing but equal rewards before a warning.
+UNIFORM_ROLLOUTS = 3
+
+
+class RolloutGeneration(L.Callback):
+    """Connects the producer with the policy in training.
+
+    Args:
+        producer: makes rollouts when the loader asks.
+        model_path: folder or hub id that the policy was loaded from; the engine starts from it.
+    """
+
+    def __init__(self, producer: RolloutProducer, model_path: str) -> None:
+        self.producer = producer
+        self.model_path = model_path
+        self._uniform_rollouts = 0
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        """Before the loader is touched, and before a checkpoint is restored: the weights are those of the folder."""
+        self.producer.start(self.model_path, module)
+        module.evaluator = self.producer.evaluate
+        module.held_out_problems = self.producer.task.held_out()
+        module.tokenizer = self.producer.tokenizer
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Any, outputs: Any, batch: MiniBatch, batch_idx: int
+    ) -> None:
+        if batch.position != 0:
+            return
+        uniform = batch.rollout_metrics["reward/uniform_group_share"] == 1.0
+        self._uniform_rollouts = self._uniform_rollouts + 1 if uniform else 0
+        if self._uniform_rollouts == UNIFORM_ROLLOUTS:
+            rank_zero_warn(
+                f"In {UNIFORM_ROLLOUTS} rollouts in a row all responses to a prompt had the same reward "
+                f"(mean {batch.rollout_metrics['reward/rollout_mean']:g}): every advantage is 0 and nothing is learned. "
+                "Look at the sampled responses and the verifier, or take an easier or harder task."
+            )
+
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        self.producer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"uniform_rollouts": self._uniform_rollouts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._uniform_rollouts = state_dict["uniform_rollouts"]

@@ -1,0 +1,195 @@
+"""Train a policy: ``python train.py`` with Hydra overrides. ``python train.py --help`` lists what can be set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from vespo_lightning.config import config_hash, resolved, run_entry, save_resolved
+except ModuleNotFoundError as error:
+    if error.name not in ("vespo_lightning", "hydra", "omegaconf"):
+        raise
+    sys.exit(
+        "error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)"
+    )
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vespo_lightning.config_rules import check_run
+
+
+def main(cfg: DictConfig) -> None:
+    """One run, in the folder that Hydra made for it."""
+    check_run(cfg)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if not cfg.resume:
+        save_resolved(cfg, folder)
+
+    import torch
+
+    torch.set_num_threads(cfg.threads)
+    if cfg.stage == "sft":
+        supervised(cfg, folder)
+    else:
+        reinforce(cfg, folder)
+
+
+def reinforce(cfg: DictConfig, folder: Path) -> None:
+    """The main job: rollouts, updates, evaluation, export."""
+    import lightning as L
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from vespo_lightning.callbacks.event_files import cut_event_files
+    from vespo_lightning.callbacks.metrics_csv import MetricsCsv
+    from vespo_lightning.callbacks.run_checkpoint import newest_checkpoint
+    from vespo_lightning.callbacks.summary import RunSummary, format_table
+    from vespo_lightning.models.export import export_hf
+    from vespo_lightning.models.loading import context_length, load_model, load_tokenizer, resolve_model_path
+    from vespo_lightning.rollouts.loader import RolloutLoader
+    from vespo_lightning.rollouts.producer import RolloutProducer
+    from vespo_lightning.training.module import PolicyModule
+
+    model_path = resolve_model_path(cfg.model.path)
+    tokenizer = load_tokenizer(model_path)
+    task, engine, objective, advantage, staleness = (
+        instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")
+    )
+    dtype = "bfloat16" if cfg.trainer.precision == "bf16-true" else "float32"
+    model = load_model(model_path, dtype, cfg.model.experts, cfg.model.gradient_checkpointing)
+    producer = RolloutProducer(
+        task,
+        tokenizer,
+        engine,
+        str(folder / "rollouts"),
+        context=context_length(model),
+        seed=cfg.seed,
+        recompute=cfg.denominator == "recomputed",
+        **cfg.rollout,
+    )
+    loader = RolloutLoader(
+        producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size
+    )
+    module = PolicyModule(
+        model,
+        objective,
+        updates=cfg.updates,
+        temperature=cfg.rollout.temperature,
+        max_response_tokens=cfg.rollout.max_new_tokens,
+        denominator=cfg.denominator,
+        aggregation=cfg.aggregation,
+        entropy_coefficient=cfg.entropy_coefficient,
+        **OmegaConf.to_container(cfg.optim),
+        **cfg.batching,
+    )
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    metrics = MetricsCsv(folder / "metrics.csv")
+    if cfg.resume:
+        update = -1 if checkpoint is None else updates_done(checkpoint)
+        print(f"Resuming {folder} after update {max(update, 0)}.", flush=True)
+        cut_event_files(folder / "tensorboard", update)
+        metrics.truncate(update)
+    summary = RunSummary(config_hash(cfg))
+    trainer = L.Trainer(
+        **cfg.trainer,
+        max_epochs=1,
+        callbacks=callbacks(cfg, folder, producer, staleness, model_path, summary),
+        logger=[
+            TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),
+            metrics,
+            *(instantiate(logger) for logger in cfg.logger.values()),
+        ],
+        default_root_dir=str(folder),
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader, ckpt_path=checkpoint)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    export = export_hf(module.model, tokenizer, folder / "export")
+    print(format_table(summary.summary(trainer, "finished")))
+    print(f"Next: tensorboard --logdir {shown(folder)}")
+    print(f"      python evaluate.py model.path={shown(export)} samples_per_problem=8 temperature=1.0")
+
+
+def callbacks(
+    cfg: DictConfig, folder: Path, producer: Any, staleness: Any, model_path: str, summary: Any
+) -> list[Any]:
+    """In the order in which they run: what generates, what measures, what writes, what saves."""
+    from vespo_lightning.callbacks.dashboard import Dashboard
+    from vespo_lightning.callbacks.metric_writer import MetricWriter
+    from vespo_lightning.callbacks.rollout_generation import RolloutGeneration
+
+    configured = {name: node for name, node in cfg.callbacks.items() if node is not None}
+    checkpoint = configured.pop("checkpoint", None)
+    return [
+        RolloutGeneration(producer, model_path),
+        staleness,
+        *(instantiate(node) for node in configured.values()),
+        Dashboard(OmegaConf.to_yaml(OmegaConf.create(resolved(cfg)))),
+        summary,
+        MetricWriter(),
+        *([instantiate(checkpoint, folder=str(folder / "checkpoints"))] if checkpoint is not None else []),
+    ]
+
+
+def updates_done(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint comes after, from its name."""
+    return int(checkpoint.stem.removeprefix("update-"))
+
+
+def supervised(cfg: DictConfig, folder: Path) -> None:
+    """``stage=sft``: a warm start on the task's own worked solutions, exported as an HF folder."""
+    import lightning as L
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from vespo_lightning.models.export import export_hf
+    from vespo_lightning.models.loading import load_model, load_tokenizer
+    from vespo_lightning.models.tiny_moe import character_tokenizer, tiny_qwen3_moe
+    from vespo_lightning.tasks.addition import ALPHABET
+    from vespo_lightning.training.supervised import SolutionLoader, SupervisedModule
+
+    task = instantiate(cfg.task)
+    if cfg.sft.init == "tiny_moe":
+        tokenizer = character_tokenizer(ALPHABET)
+        model = tiny_qwen3_moe(tokenizer, seed=cfg.seed)
+    else:
+        tokenizer, model = load_tokenizer(cfg.model.path), load_model(cfg.model.path)
+    module = SupervisedModule(
+        model,
+        lr=cfg.sft.lr,
+        updates=cfg.sft.updates,
+        warmup_updates=cfg.sft.warmup_updates,
+        weight_decay=cfg.sft.weight_decay,
+    )
+    loader = SolutionLoader(
+        task, tokenizer, updates=cfg.sft.updates, batch_size=cfg.sft.batch_size, seed=cfg.seed
+    )
+    trainer = L.Trainer(
+        **cfg.trainer,
+        max_epochs=1,
+        logger=TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),
+        default_root_dir=str(folder),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+    trainer.fit(module, loader)
+    export = export_hf(model, tokenizer, folder / "export")
+    print(f"Loss {float(trainer.callback_metrics['train/loss']):.4f} after {cfg.sft.updates} updates.")
+    print(f"Next: python evaluate.py model.path={shown(export)}")
+    print(f"      python train.py model.path={shown(export)}")
+
+
+def shown(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    run_entry(main, config_name="train")

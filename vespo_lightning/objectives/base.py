@@ -1,0 +1,97 @@
+"""Objectives are token multipliers: pure functions of detached numbers, and one line that makes a loss of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["token", "sequence", "mini-batch"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Response tokens of whole sequences, flattened: no padding. T tokens, S sequences.
+
+    All tensors are detached; floating ones are float32 (float64 in tests).
+    """
+
+    log_prob: Tensor
+    """[T] log-prob of each token under the current policy, at the sampling temperature"""
+    behaviour_log_prob: Tensor
+    """[T] log-prob under the policy that sampled, as the engine reported it"""
+    sequence_index: Tensor
+    """int64 [T], non-decreasing: the sequence that a token belongs to"""
+    loss_mask: Tensor
+    """bool [T]; False leaves the loss and every importance weight (tokens that the policy did not write)"""
+    advantage: Tensor
+    """[S]"""
+    group: Tensor
+    """int64 [S]"""
+    version_made: Tensor
+    """int32 [T], policy version that wrote the token"""
+    policy_version: int
+    """version of the current policy"""
+    denominator: Literal["behaviour", "recomputed"] = "behaviour"
+    recomputed_log_prob: Tensor | None = None
+    """[T] the trainer's log-prob at generation weights"""
+
+    @property
+    def old_log_prob(self) -> Tensor:
+        """[T] denominator of the importance ratio."""
+        if self.denominator == "behaviour":
+            return self.behaviour_log_prob
+        assert self.recomputed_log_prob is not None, "denominator=recomputed without recomputed log-probs"
+        return self.recomputed_log_prob
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[T] log of the importance ratio; exactly 0 where ``loss_mask`` is False, whatever is stored there."""
+        return torch.where(self.loss_mask, self.log_prob - self.old_log_prob, 0.0)
+
+    def sequence_sum(self, per_token: Tensor) -> Tensor:
+        """[S] sum of ``per_token`` [T] over each sequence. Empty sequences give 0."""
+        return per_token.new_zeros(len(self.advantage)).index_add_(0, self.sequence_index, per_token)
+
+    @property
+    def length(self) -> Tensor:
+        """[S] number of tokens in the loss."""
+        return self.sequence_sum(self.loss_mask.to(self.log_prob.dtype))
+
+
+class Objective(ABC):
+    """One method: importance ratios and advantages in, token multipliers out.
+
+    ``multiplier`` is what multiplies ``grad log pi`` of each token. Nothing here is differentiated.
+    """
+
+    name: ClassVar[str]
+    scope: ClassVar[Scope]
+    """What one multiplier depends on. ``"mini-batch"`` makes the trainer run a pre-pass without gradients."""
+
+    @abstractmethod
+    def coefficient(self, batch: TokenBatch) -> Tensor:
+        """[T] coefficient of each token, before the advantage. Finite for every finite input."""
+
+    def multiplier(self, batch: TokenBatch) -> Tensor:
+        """[T] ``coefficient * advantage``; 0 where ``loss_mask`` is False."""
+        weighted = self.coefficient(batch) * batch.advantage[batch.sequence_index]
+        return torch.where(batch.loss_mask, weighted, 0.0)
+
+    def statistics(self, batch: TokenBatch) -> dict[str, float]:
+        """The method's own numbers over a whole mini-batch, named ``objective/...``. Default: none."""
+        return {}
+
+
+def policy_loss(weight: Tensor, multiplier: Tensor, log_prob: Tensor) -> Tensor:
+    """Scalar loss ``-(weight * multiplier * log_prob).sum()`` whose gradient is the policy gradient.
+
+    Args:
+        weight: [T] aggregation weights of the tokens (for example 1 / number of tokens in the mini-batch).
+        multiplier: [T] from :meth:`Objective.multiplier`.
+        log_prob: [T] with gradient.
+    """
+    return -(weight * multiplier.detach() * log_prob).sum()

