@@ -13,9 +13,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("vespo_lightning", "hydra", "omegaconf"):
         raise
-    sys.exit(
-        "error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)"
-    )
+    sys.exit("error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)")
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -168,9 +166,7 @@ def table(report: dict[str, Any]) -> str:
     for name, value in report.items():
         if name.startswith("eval/pass_at_"):
             rows[f"pass@{name.removeprefix('eval/pass_at_')}"] = f"{value:.4f}"
-    rows["response length"] = (
-        f"{report['eval/response_length']:.1f} tokens, {report['eval/truncated_share']:.1%} cut"
-    )
+    rows["response length"] = f"{report['eval/response_length']:.1f} tokens, {report['eval/truncated_share']:.1%} cut"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -11,9 +11,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("vespo_lightning", "hydra", "omegaconf"):
         raise
-    sys.exit(
-        "error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)"
-    )
+    sys.exit("error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)")
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -70,9 +68,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         recompute=cfg.denominator == "recomputed",
         **cfg.rollout,
     )
-    loader = RolloutLoader(
-        producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size
-    )
+    loader = RolloutLoader(producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size)
     module = PolicyModule(
         model,
         objective,
@@ -117,9 +113,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     print(f"      python evaluate.py model.path={shown(export)} samples_per_problem=8 temperature=1.0")
 
 
-def callbacks(
-    cfg: DictConfig, folder: Path, producer: Any, staleness: Any, model_path: str, summary: Any
-) -> list[Any]:
+def callbacks(cfg: DictConfig, folder: Path, producer: Any, staleness: Any, model_path: str, summary: Any) -> list[Any]:
     """In the order in which they run: what generates, what measures, what writes, what saves."""
     from vespo_lightning.callbacks.dashboard import Dashboard
     from vespo_lightning.callbacks.metric_writer import MetricWriter
@@ -164,15 +158,15 @@ def supervised(cfg: DictConfig, folder: Path) -> None:
         model,
         lr=cfg.sft.lr,
         updates=cfg.sft.updates,
+        schedule=cfg.sft.schedule,
         warmup_updates=cfg.sft.warmup_updates,
         weight_decay=cfg.sft.weight_decay,
     )
-    loader = SolutionLoader(
-        task, tokenizer, updates=cfg.sft.updates, batch_size=cfg.sft.batch_size, seed=cfg.seed
-    )
+    loader = SolutionLoader(task, tokenizer, updates=cfg.sft.updates, batch_size=cfg.sft.batch_size, seed=cfg.seed)
     trainer = L.Trainer(
         **cfg.trainer,
         max_epochs=1,
+        gradient_clip_val=1.0,
         logger=TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),
         default_root_dir=str(folder),
         enable_checkpointing=False,

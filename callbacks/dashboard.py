@@ -83,9 +83,7 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         writer = summary_writer(trainer)
-        if (
-            writer is None or module.update > 0
-        ):  # a resumed run has both in the event files that it goes on with
+        if writer is None or module.update > 0:  # a resumed run has both in the event files that it goes on with
             return
         writer.add_custom_scalars({group: dict(charts) for group, charts in LAYOUT.items()})
         if self.resolved_config:

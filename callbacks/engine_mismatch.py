@@ -16,9 +16,7 @@ class EngineMismatch(L.Callback):
     recorded: the metric is absent, not 0.
     """
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         update = module.last_update
         if update is not None and (statistics := mismatch_statistics(update.tokens)):
             module.record(statistics)

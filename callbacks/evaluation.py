@@ -73,9 +73,7 @@ class HeldOutEvaluation(L.Callback):
         if self.at_start and module.update == 0:
             write_row(trainer, module, 0, self._evaluate(module))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         regular = self.every > 0 and module.update % self.every == 0
         if regular or (self.at_end and trainer.is_last_batch):
             module.record(self._evaluate(module))

@@ -23,9 +23,7 @@ def cut_event_files(folder: str | Path, last_step: int) -> None:
     """
     for path in _event_files(folder):
         records = list(_records(path))
-        kept = [
-            record for record, event in records if event.HasField("file_version") or event.step <= last_step
-        ]
+        kept = [record for record, event in records if event.HasField("file_version") or event.step <= last_step]
         if all(Event.FromString(record).HasField("file_version") for record in kept):
             path.unlink()
         else:

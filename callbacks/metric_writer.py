@@ -32,9 +32,7 @@ class MetricWriter(L.Callback):
     never ahead of the metrics when whoever writes it calls :meth:`flush` first.
     """
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         row = {name: float(value) for name, value in module.take_record().items()}
         if row:
             write_row(trainer, module, module.update, row)

@@ -35,9 +35,7 @@ class RunCheckpoint(Checkpoint):
         self.last_path: Path | None = None
         self._rollout_of: dict[str, int] = {}
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loader = trainer.train_dataloader
         if module.update % self.every == 0 or module.update == len(loader):
             self.save(trainer, module, loader)

@@ -44,18 +44,14 @@ class SampleTable(L.Callback):
         if trainer.is_global_zero:
             cut_samples(_path(trainer), module.update)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.update % self.every or module.last_update is None or not trainer.is_global_zero:
             return
         table = sample_rows(module, module.last_update, self.rows)
         path = _path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"update": module.update, **row}, ensure_ascii=False) + "\n" for row in table
-            )
+            file.writelines(json.dumps({"update": module.update, **row}, ensure_ascii=False) + "\n" for row in table)
         writer = summary_writer(trainer)
         if writer is not None:
             writer.add_text("samples", markdown_table(table), module.update)

@@ -69,9 +69,7 @@ class RunSummary(L.Callback):
                 self._first_rewards.append(row[REWARD])
             self._last_rewards = [*self._last_rewards, row[REWARD]][-REWARD_WINDOW:]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         result = module.last_update
         self._totals["updates"] = module.update
         self._totals["skipped_updates"] += int(result.skipped)
@@ -83,9 +81,7 @@ class RunSummary(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        self._write(
-            trainer, "interrupted" if interrupted else "failed", error=str(exception) or repr(exception)
-        )
+        self._write(trainer, "interrupted" if interrupted else "failed", error=str(exception) or repr(exception))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -142,10 +138,7 @@ def format_table(summary: dict[str, Any]) -> str:
         ("updates", f"{summary['updates']}, {summary['skipped_updates']} of them skipped"),
         ("samples", _samples(summary["samples"], summary["samples_per_second"])),
         ("reward", _rewards(reward["first"], reward["last"])),
-        *(
-            (f"held-out accuracy, {name}", _accuracy(held_out.get(name)))
-            for name in ("first", "last", "best")
-        ),
+        *((f"held-out accuracy, {name}", _accuracy(held_out.get(name))) for name in ("first", "last", "best")),
         *((f"mismatch, {label}", _number(mismatch.get(name))) for label, name in MISMATCH.items()),
         ("time", _times(summary["wall_seconds"], summary["seconds_by_phase"])),
     ]

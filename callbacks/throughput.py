@@ -27,9 +27,7 @@ class Throughput(L.Callback):
         self._window.clear()
         self._clock = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         result = module.last_update
         mini_batch = result.mini_batch
         now = time.perf_counter()

@@ -32,9 +32,7 @@ class WeightVariance(L.Callback):
             )
         self.histogram_every = histogram_every
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         update = module.last_update
         if update is None:
             return

@@ -6,6 +6,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,19 +36,18 @@ def resolve_model_path(path: str) -> str:
     """
     if path.startswith(BUILTIN):
         assets = Path(str(files("vespo_lightning.models") / "assets"))
-        folder = assets / path.removeprefix(BUILTIN)
-        if not folder.is_dir():
-            names = sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
+        names = sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
+        name = path.removeprefix(BUILTIN)
+        if name not in names:
             raise UserError(f"model.path={path} is unknown; built-in models: {', '.join(names) or 'none'}")
+        folder = assets / name
         return str(folder)
     folder = Path(path).expanduser()
     if folder.exists():
         _check_folder(folder)
         return str(folder.resolve())
     if os.sep in path and (path.startswith((os.sep, ".", "~")) or path.count("/") != 1):
-        raise UserError(
-            f"model.path={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)"
-        )
+        raise UserError(f"model.path={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)")
     return path
 
 
@@ -56,9 +56,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"model.path={folder} has no config.json; give a folder written by save_pretrained()")
     if not any((folder / name).is_file() for name in _WEIGHT_FILES):
         raise UserError(f"model.path={folder} has no weights (model.safetensors); save the model there first")
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-    ):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise UserError(
             f"model.path={folder} has no tokenizer (tokenizer.json); save it there with tokenizer.save_pretrained()"
         )
@@ -72,9 +70,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={path}: the tokenizer does not load ({_first_line(error)})") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.path={path}: the tokenizer has no end-of-sequence token; set one and save it again"
-        )
+        raise UserError(f"model.path={path}: the tokenizer has no end-of-sequence token; set one and save it again")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -94,13 +90,25 @@ def load_model(
         experts: how MoE blocks compute, a name of transformers' experts interface (``grouped_mm``, ``eager``);
             dense models ignore it.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant).
+
+    Raises:
+        UserError: the folder is incomplete or damaged, or ``experts`` is unknown.
     """
     path = resolve_model_path(path)
     options = {"experts_implementation": experts} if is_moe_config(path) else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "experts_implementation" in str(error):
+            raise UserError(f"model.experts={experts} is unknown; use grouped_mm or eager") from error
         raise UserError(f"model.path={path}: the model does not load ({_first_line(error)})") from error
+    if found["missing_keys"]:
+        # transformers draws them at random and goes on
+        names = sorted(found["missing_keys"])
+        raise UserError(
+            f"model.path={path} lacks {len(names)} weights of {type(model).__name__} ({names[0]}, ...); "
+            "give the folder that the model was saved in"
+        )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -111,9 +119,7 @@ def is_moe_config(path: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={path}: the configuration does not load ({_first_line(error)})"
-        ) from error
+        raise UserError(f"model.path={path}: the configuration does not load ({_first_line(error)})") from error
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 

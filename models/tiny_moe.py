@@ -20,7 +20,7 @@ def tiny_qwen3_moe(
     tokenizer: PreTrainedTokenizerFast,
     *,
     hidden_size: int = 64,
-    layers: int = 4,
+    layers: int = 2,
     experts: int = 8,
     experts_per_token: int = 2,
     expert_size: int = 64,
@@ -54,7 +54,5 @@ def tiny_qwen3_moe(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.float()

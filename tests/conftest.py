@@ -69,9 +69,7 @@ def run_installed(installed_wheel: Path, tmp_path: Path) -> Callable[..., str]:
         empty = tmp_path / "empty"
         empty.mkdir(exist_ok=True)
         # The editable install would answer for sub-modules that the wheel lacks: it must be out of the way.
-        no_editable = (
-            "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
-        )
+        no_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
         done = subprocess.run(
             [sys.executable, "-c", no_editable + code],
             cwd=empty,

@@ -91,9 +91,7 @@ def test_additions_are_for_open_sections_only() -> None:
     assert refusal("+staleness.m=4").startswith("+staleness.m=4 adds a key that nothing reads; valid here: ")
     assert refusal("++optimizer.weight_deca=1").startswith("++optimizer.weight_deca=1 adds a key")
     check_overrides(["+trainer.precision=16"], "train", CONF, open_sections=("trainer",))
-    with pytest.raises(
-        UserError, match=r"^\+trainer\.precision=16 adds a key .*; valid here: trainer\.max_steps "
-    ):
+    with pytest.raises(UserError, match=r"^\+trainer\.precision=16 adds a key .*; valid here: trainer\.max_steps "):
         check_overrides(["+trainer.precision=16"], "train", CONF, open_sections=("logger",))
 
 

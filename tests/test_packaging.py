@@ -39,8 +39,7 @@ def test_only_one_name_reaches_site_packages(names: set[str]) -> None:
 def test_every_package_on_disk_is_listed(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())
     on_disk = {
-        installed_name(p.parent).replace("/", ".").removesuffix(".")
-        for p in files_of(repository, CODE, "__init__.py")
+        installed_name(p.parent).replace("/", ".").removesuffix(".") for p in files_of(repository, CODE, "__init__.py")
     }
     assert on_disk == set(project["tool"]["setuptools"]["packages"])
 
@@ -104,9 +103,7 @@ def test_pins_fit_every_platform_and_each_other(repository: Path) -> None:
 
 
 def test_make_help_lists_every_target(repository: Path) -> None:
-    listed = subprocess.run(
-        ["make", "help"], cwd=repository, capture_output=True, text=True, check=True
-    ).stdout
+    listed = subprocess.run(["make", "help"], cwd=repository, capture_output=True, text=True, check=True).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (repository / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony
     assert set(phony[1].split()) == set(re.findall(r"^  ([a-z-]+) ", listed, flags=re.MULTILINE))

@@ -38,9 +38,7 @@ KILLED = -signal.SIGKILL
 Sabotage = Callable[[], None]
 
 
-def run_train(
-    repository: Path, argv: list[str], sabotage: Sabotage | None = None, kill_after: float = 0.0
-) -> int:
+def run_train(repository: Path, argv: list[str], sabotage: Sabotage | None = None, kill_after: float = 0.0) -> int:
     """``python train.py ARGV`` in a forked child, so that imports are paid for once; returns its exit code."""
     child = multiprocessing.get_context("fork").Process(target=_child, args=(repository, argv, sabotage))
     child.start()
@@ -179,9 +177,7 @@ def test_killed_at_a_named_point(
     assert_same(outcome(folder), uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_killed_again_and_again_at_random_moments(
     seed: int, repository: Path, tmp_path: Path, uninterrupted: dict[str, object]
 ) -> None:

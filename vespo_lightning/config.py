@@ -142,9 +142,7 @@ def resume_config(typed: DictConfig, default: DictConfig, overrides: Sequence[st
         if new != _MISSING and (key in indirect or any(f"{key}.".startswith(f"{s}.") for s in sections))
     ]
     if wrong:
-        shown = "; ".join(
-            f"{key} is {old!r} there and {new!r} here" for key, old, new in wrong[:_MOST_DIFFERENCES]
-        )
+        shown = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, old, new in wrong[:_MOST_DIFFERENCES])
         more = f"; and {len(wrong) - _MOST_DIFFERENCES} more" if len(wrong) > _MOST_DIFFERENCES else ""
         raise UserError(
             f"resume={folder} goes on with the configuration of that run, but {shown}{more}: leave them out, "

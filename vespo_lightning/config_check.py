@@ -109,9 +109,7 @@ def _check_one_run(overrides: list[Override], config_name: str, open_sections: S
         raise UserError(one_line(error)) from error
 
 
-def _check_addition(
-    o: Override, overrides: list[Override], config_name: str, open_sections: Sequence[str]
-) -> None:
+def _check_addition(o: Override, overrides: list[Override], config_name: str, open_sections: Sequence[str]) -> None:
     """`+key=value` would carry a typing error into the run unseen, so it is for groups and open sections."""
     key = o.key_or_group
     if _is_hydras(o) or _options(key, overrides, config_name):

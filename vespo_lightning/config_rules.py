@@ -57,9 +57,7 @@ def _groups(cfg: Any) -> Iterator[str]:
         near = f"{below} or {above}" if below else f"{above}"
         yield f"mini_batch_size={batch} is not a multiple of rollout.group_size={size}; use {near}"
     if size == 1:
-        yield (
-            "rollout.group_size=1 with a group baseline makes every advantage 0; use rollout.group_size=2 or more"
-        )
+        yield ("rollout.group_size=1 with a group baseline makes every advantage 0; use rollout.group_size=2 or more")
 
 
 def _trainer(cfg: Any) -> Iterator[str]:

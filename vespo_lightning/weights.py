@@ -69,9 +69,7 @@ class InPlaceLoader:
             missing.remove(name)
             place = self._places[name]
             if tensor.shape != place.shape:
-                raise ValueError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}"
-                )
+                raise ValueError(f"weight {name!r} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}")
             flat = self._state[place.parameter].view(-1)
             source = tensor.detach().reshape(-1).to(flat.device, flat.dtype)
             if place.index is None:
@@ -98,9 +96,7 @@ def _find_places(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
         owner = names[int(torch.searchsorted(starts, flat[0], right=True)) - 1]
         flat = flat - offsets[owner]
         if int(flat.min()) < 0 or int(flat.max()) >= state[owner].numel():
-            raise ValueError(
-                f"{checkpoint_name!r} is spread over several parameters; in-place loading cannot serve it"
-            )
+            raise ValueError(f"{checkpoint_name!r} is spread over several parameters; in-place loading cannot serve it")
         contiguous = bool((flat == torch.arange(len(flat)) + flat[0]).all())
         places[checkpoint_name] = _Place(owner, int(flat[0]), None if contiguous else flat, index.shape)
     if sum(place.shape.numel() for place in places.values()) != total:

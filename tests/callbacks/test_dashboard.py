@@ -32,9 +32,7 @@ def names_in_other_files(*left_out: str) -> set[str]:
                 names |= {
                     node.value
                     for node in ast.walk(tree)
-                    if isinstance(node, ast.Constant)
-                    and isinstance(node.value, str)
-                    and NAME.fullmatch(node.value)
+                    if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value)
                 }
     return names
 
@@ -55,9 +53,7 @@ def names_put_together_at_run_time() -> set[str]:
 
 
 def test_every_tag_of_the_layout_is_a_metric_of_the_code():
-    names = (
-        names_in_other_files("dashboard.py", "progress.py", "summary.py") | names_put_together_at_run_time()
-    )
+    names = names_in_other_files("dashboard.py", "progress.py", "summary.py") | names_put_together_at_run_time()
     assert Vespo().statistics(update_result(mini_batch(0), 1).tokens).keys() <= names
     for group, charts in LAYOUT.items():
         for chart, (kind, tags) in charts.items():

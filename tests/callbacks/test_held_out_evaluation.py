@@ -23,9 +23,7 @@ class Evaluated(FakeModule):
         self.asked = []
 
     def evaluator(self, problems, samples_per_problem, temperature):
-        self.asked.append(
-            (self.update, [problem.id for problem in problems], samples_per_problem, temperature)
-        )
+        self.asked.append((self.update, [problem.id for problem in problems], samples_per_problem, temperature))
         solved = np.arange(len(problems))[:, None] < self.curve[self.update]
         rewards = np.repeat(solved, samples_per_problem, axis=1).astype(float)
         return EvaluationResult(rewards, np.zeros(rewards.shape, dtype=bool), np.full(rewards.shape, 5))

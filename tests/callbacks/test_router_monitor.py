@@ -35,9 +35,7 @@ def make_trainer(*loggers: object, world_size: int = 1) -> SimpleNamespace:
         assert reduce_op == "sum"
         return tensor * world_size
 
-    return SimpleNamespace(
-        strategy=SimpleNamespace(reduce=reduce), loggers=list(loggers), is_global_zero=True
-    )
+    return SimpleNamespace(strategy=SimpleNamespace(reduce=reduce), loggers=list(loggers), is_global_zero=True)
 
 
 def micro_batch(experts: list[int] | None, recorded: list[int] | None = None) -> MicroBatchOutput:
@@ -71,9 +69,7 @@ def test_metrics_cover_one_update_and_all_its_micro_batches() -> None:
     monitor, module, trainer = RouterMonitor(), Module(), make_trainer()
     assert isinstance(monitor, MicroBatchObserver)
     run_update(monitor, trainer, module, 0, [micro_batch([3, 3, 3])])  # must leave no trace in the next
-    row = run_update(
-        monitor, trainer, module, 1, [micro_batch([0, 0, 1], [0, 2, 1]), micro_batch([2, 1], [2, 1])]
-    )
+    row = run_update(monitor, trainer, module, 1, [micro_batch([0, 0, 1], [0, 2, 1]), micro_batch([2, 1], [2, 1])])
     assert row["router/load_max_violation"] == pytest.approx(2 / 3 * 4 - 1)  # [2, 0, 1, 0] of 3 tokens
     assert row["router/dead_experts"] == 0.5
     assert row["router/entropy"] == pytest.approx(1)
@@ -125,10 +121,7 @@ def test_interval_must_be_positive() -> None:
 def test_summary_writer_of_a_trainer(tmp_path: Path) -> None:
     tensorboard = TensorBoardLogger(tmp_path)
     settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    assert (
-        summary_writer(L.Trainer(logger=[CSVLogger(tmp_path), tensorboard], **settings))
-        is tensorboard.experiment
-    )
+    assert summary_writer(L.Trainer(logger=[CSVLogger(tmp_path), tensorboard], **settings)) is tensorboard.experiment
     assert summary_writer(L.Trainer(logger=False, **settings)) is None
     assert summary_writer(SimpleNamespace(is_global_zero=False, loggers=[tensorboard])) is None
 

@@ -99,9 +99,7 @@ def test_an_old_summary_survives_a_failing_write(tmp_path, monkeypatch):
 def test_table(tmp_path):
     evaluation = HeldOutEvaluation(every=1, problems=1)
     figure = {"update": 0, "accuracy": 0.33, "ci_low": 0.29, "ci_high": 0.37}
-    evaluation.load_state_dict(
-        {"first": figure, "last": figure | {"update": 9}, "best": figure | {"accuracy": 0.91}}
-    )
+    evaluation.load_state_dict({"first": figure, "last": figure | {"update": 9}, "best": figure | {"accuracy": 0.91}})
     callback = RunSummary()
     fit = trainer(tmp_path, [callback, evaluation])
     row = {"mismatch/k3_kl": 1.5e-9, "reward/mean": 0.25, "performance/generate_seconds": 12.0}

@@ -24,8 +24,6 @@ def test_rates_are_over_one_rollout(tmp_path, monkeypatch):
         FakeModule(), batches(4, rollout_size=2)
     )
     # 4 samples with 2 tokens each per update
-    assert [row["performance/samples_per_second"] for row in rows] == pytest.approx(
-        [4 / 9, 8 / 10, 8 / 10, 8 / 10]
-    )
+    assert [row["performance/samples_per_second"] for row in rows] == pytest.approx([4 / 9, 8 / 10, 8 / 10, 8 / 10])
     assert [row["performance/tokens_per_second"] for row in rows] == pytest.approx([8 / 9, 1.6, 1.6, 1.6])
     assert {row["performance/update_seconds"] for row in rows} == {0.125}

@@ -18,9 +18,7 @@ from vespo_lightning.diagnostics.evaluation import (
 
 def brute_force_pass_at_k(correct: np.ndarray, k: int) -> float:
     """Every way to draw k of the samples, counted."""
-    shares = [
-        np.mean([any(row[list(chosen)]) for chosen in combinations(range(len(row)), k)]) for row in correct
-    ]
+    shares = [np.mean([any(row[list(chosen)]) for chosen in combinations(range(len(row)), k)]) for row in correct]
     return float(np.mean(shares))
 
 

@@ -11,9 +11,7 @@ from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.vespo import Vespo
 
 
-def token_batch(
-    log_ratios: list[list[float]], masks: list[list[bool]], advantages: list[float]
-) -> TokenBatch:
+def token_batch(log_ratios: list[list[float]], masks: list[list[bool]], advantages: list[float]) -> TokenBatch:
     """float32, NaN outside the loss mask."""
     mask = torch.tensor([m for row in masks for m in row])
     difference = torch.tensor([r for row in log_ratios for r in row])

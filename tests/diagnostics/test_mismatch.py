@@ -33,9 +33,7 @@ def token_batch(version_made: list[int], policy_version: int = 4) -> TokenBatch:
     )
 
 
-def brute_force(
-    batch: TokenBatch, trainer: torch.Tensor, tokens: list[int], sequences: list[list[int]]
-) -> dict:
+def brute_force(batch: TokenBatch, trainer: torch.Tensor, tokens: list[int], sequences: list[list[int]]) -> dict:
     p, q = trainer.double().numpy(), batch.behaviour_log_prob.double().numpy()
     d = (trainer - batch.behaviour_log_prob).double().numpy()
     ratios = np.exp(d[tokens])

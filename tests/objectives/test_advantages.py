@@ -15,18 +15,14 @@ def brute_force(name: str, rewards: list[float], group: list[int]) -> list[float
     result = []
     for place, (reward, number) in enumerate(zip(rewards, group, strict=True)):
         members = [r for r, g in zip(rewards, group, strict=True) if g == number]
-        others = [
-            r for p, (r, g) in enumerate(zip(rewards, group, strict=True)) if g == number and p != place
-        ]
+        others = [r for p, (r, g) in enumerate(zip(rewards, group, strict=True)) if g == number and p != place]
         if len(set(members)) == 1:
             result.append(0.0)
         elif name == "leave_one_out":
             result.append(reward - statistics.fmean(others))
         else:
             centred = reward - statistics.fmean(members)
-            result.append(
-                centred / (statistics.stdev(members) + 1e-6) if name == "group_mean_std" else centred
-            )
+            result.append(centred / (statistics.stdev(members) + 1e-6) if name == "group_mean_std" else centred)
     return result
 
 

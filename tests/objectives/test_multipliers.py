@@ -159,9 +159,7 @@ def test_vespo_equals_autograd_of_incomplete_gamma_surrogate(make_batch, case, c
     close(Vespo(*constants).multiplier(batch), expected)
 
 
-@pytest.mark.parametrize(
-    "objective", [Vespo(), Grpo(), Grpo(dual_clip=3.0), Reinforce()], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("objective", [Vespo(), Grpo(), Grpo(dual_clip=3.0), Reinforce()], ids=lambda o: o.name)
 def test_float32_agrees_with_float64(make_batch, objective):
     ratios, advantages, masks = CASES["far"]()
     single = objective.multiplier(make_batch(ratios, advantages, masks, dtype=torch.float32))

@@ -165,9 +165,7 @@ def test_liger(problem, objective, aggregation, loss_type, dual_clip):
         **vespo_options(objective),
     )
     hidden, weight = leaves(problem)
-    loss, _ = fused(
-        hidden, weight, problem.ids, problem.mask, problem.advantages, old_per_token_logps=problem.old
-    )
+    loss, _ = fused(hidden, weight, problem.ids, problem.mask, problem.advantages, old_per_token_logps=problem.old)
     loss.backward()
     our_loss, ours = our_gradients(problem, objective, aggregation)
     assert_gradients_agree(ours, [hidden.grad, weight.grad])

@@ -9,9 +9,7 @@ from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.vespo import Vespo
 
 
-def phi(
-    make_batch, objective: Vespo, log_weights: list[float], sign: float, dtype=torch.float64
-) -> torch.Tensor:
+def phi(make_batch, objective: Vespo, log_weights: list[float], sign: float, dtype=torch.float64) -> torch.Tensor:
     return objective.phi(make_batch([[w] for w in log_weights], [sign] * len(log_weights), dtype=dtype))
 
 
@@ -70,9 +68,7 @@ def test_statistics(make_batch):
     advantages = [1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 1.0]
     masks = [[True], [True], [True, True], [True], [True], [True], [False, False]]
     batch = make_batch(ratios, advantages, masks)
-    kernel = {
-        w: (math.exp(2 * w + 3 - 3 * math.exp(w)), math.exp(3 * w + 2 - 2 * math.exp(w))) for w in (-3.0, 0.5)
-    }
+    kernel = {w: (math.exp(2 * w + 3 - 3 * math.exp(w)), math.exp(3 * w + 2 - 2 * math.exp(w))) for w in (-3.0, 0.5)}
     low_positive, (low_negative, high_negative) = kernel[-3.0][0], (kernel[-3.0][1], kernel[0.5][1])
     assert Vespo().statistics(batch) == pytest.approx(
         {

@@ -312,9 +312,7 @@ def test_sampled_tokens_follow_the_distribution(engine):
     prompt = [4, 9, 14]
     expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].float() / 0.7, -1).numpy()
     count = 2000
-    generations = engine.generate(
-        [GenerationRequest(prompt, 10**12 + i) for i in range(count)], SamplingParams(0.7, 1)
-    )
+    generations = engine.generate([GenerationRequest(prompt, 10**12 + i) for i in range(count)], SamplingParams(0.7, 1))
     seen = np.bincount([g.token_ids[0] for g in generations], minlength=VOCAB) / count
     assert np.abs(seen - expected[:VOCAB]).max() < 4 * 0.5 / count**0.5
 
@@ -334,9 +332,7 @@ def test_fingerprint_reads_back_what_was_loaded(engine):
         assert engine.fingerprint() == fingerprint(tensor for _, tensor in _tensors(model))
 
 
-@pytest.mark.parametrize(
-    "part", ["embed_tokens", "qkv_proj", "o_proj", "mlp.gate", "experts", "norm", "gate_up_proj"]
-)
+@pytest.mark.parametrize("part", ["embed_tokens", "qkv_proj", "o_proj", "mlp.gate", "experts", "norm", "gate_up_proj"])
 def test_fingerprint_sees_every_part_of_the_model(engine, part):
     model = _load(engine, 10)
     tensors = _tensors(model)
@@ -357,9 +353,7 @@ def test_fingerprint_sees_every_part_of_the_model(engine, part):
 
 def _log_probs(model, sequences) -> list[np.ndarray]:
     ids = torch.tensor(sequences)
-    return list(
-        torch.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None])[..., 0].numpy()
-    )
+    return list(torch.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None])[..., 0].numpy())
 
 
 @pytest.fixture
@@ -383,9 +377,7 @@ def test_check_passes_right_weights(check):
 
 def test_stale_weights_stop_the_run(check, monkeypatch):
     model = _random_model(41)
-    monkeypatch.setattr(
-        check.engine, "load_weights", lambda t, version: setattr(check.engine, "version", version)
-    )
+    monkeypatch.setattr(check.engine, "load_weights", lambda t, version: setattr(check.engine, "version", version))
     with pytest.raises(StaleWeightsError, match="policy version 7"):
         check.load(_tensors(model), 7, _log_probs(model, check.sequences))
 

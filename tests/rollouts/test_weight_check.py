@@ -149,8 +149,6 @@ def test_equal_weights_never_alarm(dtype):
         metrics = _load(trainer, check, seed, scale=10.0 ** (seed % 5 - 2))
         assert metrics["mismatch/canary_relative"] <= check.tolerance / 2
     assert metrics["mismatch/canary_mean"] <= metrics["mismatch/canary_max"]
-    assert metrics["performance/weight_load_seconds"] > 0
-    assert metrics["performance/weight_check_seconds"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

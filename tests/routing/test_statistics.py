@@ -83,9 +83,7 @@ def brute_force(batches: list[RoutingBatch]) -> dict[str, float]:
     if token_changes:
         compared = {"changed_sets": changes, "overlap": overlaps, "js_divergence": divergences}
         per_layer |= {name: [mean(values) for values in lists] for name, lists in compared.items()}
-        result |= {
-            name: mean([value for values in lists for value in values]) for name, lists in compared.items()
-        }
+        result |= {name: mean([value for values in lists for value in values]) for name, lists in compared.items()}
         result["changed_tokens"] = mean(token_changes)
     for name, values in per_layer.items():
         result |= {f"{name}/layer_{layer:02d}": v for layer, v in zip(LAYERS, values, strict=True)}

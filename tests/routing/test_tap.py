@@ -116,9 +116,7 @@ def test_recomputation_is_not_recorded_and_gradients_stay(family: str) -> None:
     ids = token_ids()
     model = family_model(family).train()
     model(ids).logits.logsumexp(-1).mean().backward()
-    expected = {
-        name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
-    }
+    expected = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad()
 
     model.gradient_checkpointing_enable({"use_reentrant": False})

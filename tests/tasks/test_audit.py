@@ -11,9 +11,7 @@ def test_perturbed_answers_all_differ():
     assert [other for _, other in perturbed("-7")] == ["-6", "-70", "7"]
     assert [other for _, other in perturbed("2.25")] == ["3.25", "22.50", "-2.25", "2.52"]
     assert [other for _, other in perturbed("0")] == ["1"]
-    assert [other for _, other in perturbed("0.6666666667")][
-        3:
-    ] == []  # swapped within math-verify's rounding
+    assert [other for _, other in perturbed("0.6666666667")][3:] == []  # swapped within math-verify's rounding
     assert list(perturbed("\\frac{1}{2}")) == []
 
 

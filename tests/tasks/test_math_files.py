@@ -9,9 +9,7 @@ from vespo_lightning.tasks.math_files import MathFileTask
 
 
 def write_sums(path, numbers):
-    path.write_text(
-        "".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in numbers)
-    )
+    path.write_text("".join(json.dumps({"question": f"{n} + 1?", "answer": str(n + 1)}) + "\n" for n in numbers))
     return str(path)
 
 
@@ -27,9 +25,7 @@ def test_epochs_are_seeded_permutations(tmp_path):
     assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != [task.train_problem(2, place).id for place in range(30)]
-    assert (
-        epochs[2][7] == MathFileTask(str(tmp_path / "sums.jsonl"), held_out_size=10).train_problem(1, 67).id
-    )
+    assert epochs[2][7] == MathFileTask(str(tmp_path / "sums.jsonl"), held_out_size=10).train_problem(1, 67).id
 
 
 def test_held_out_split_is_disjoint_and_does_not_depend_on_the_order(tmp_path):

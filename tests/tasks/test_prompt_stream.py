@@ -29,15 +29,13 @@ def test_any_number_of_ranks_takes_the_same_problems():
     task = AdditionTask()
     alone = PromptStream(task, seed=7)
     expected = alone.take(24)
-    assert expected == [task.train_problem(7, index) for index in range(24)]
+    assert expected == [(index, task.train_problem(7, index)) for index in range(24)]
     for world_size in (1, 2, 3, 4):
         streams = [PromptStream(task, 7, rank, world_size) for rank in range(world_size)]
         for start in (0, 12):
             taken = [stream.take(12 // world_size) for stream in streams]
             # dealt like cards: reading across the ranks gives the order of one rank
-            assert [problem for hand in zip(*taken, strict=True) for problem in hand] == expected[
-                start : start + 12
-            ]
+            assert [problem for hand in zip(*taken, strict=True) for problem in hand] == expected[start : start + 12]
 
 
 def test_state_goes_on_with_another_number_of_ranks():
@@ -47,7 +45,7 @@ def test_state_goes_on_with_another_number_of_ranks():
     assert states == [{"cursor": 12}] * 4
     resumed = PromptStream(task, 0)
     resumed.load_state_dict(states[2])
-    assert resumed.take(2) == [task.train_problem(0, 12), task.train_problem(0, 13)]
+    assert resumed.take(2) == [(12, task.train_problem(0, 12)), (13, task.train_problem(0, 13))]
     assert resumed.take(0) == []
     with pytest.raises(ValueError, match="rank 2"):
         PromptStream(task, 0, rank=2, world_size=2)

@@ -71,12 +71,8 @@ def test_folders_are_loaded_by_datasets(fixtures, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text((fixtures / "gsm8k_format.jsonl").read_text())
-    (folder / "test.jsonl").write_text(
-        "\n".join((fixtures / "gsm8k_format.jsonl").read_text().split("\n")[:1])
-    )
-    assert read_questions(str(folder), "train") == read_questions(
-        str(fixtures / "gsm8k_format.jsonl"), "train"
-    )
+    (folder / "test.jsonl").write_text("\n".join((fixtures / "gsm8k_format.jsonl").read_text().split("\n")[:1]))
+    assert read_questions(str(folder), "train") == read_questions(str(fixtures / "gsm8k_format.jsonl"), "train")
     assert [question.answer for question in read_questions(str(folder), "test")] == ["38"]
     with pytest.raises(UserError, match=r"task.path=.* with split validation .* cannot be loaded"):
         read_questions(str(folder), "validation")
@@ -142,9 +138,7 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 def test_bad_field_names_are_named(fixtures):
     path = str(fixtures / "gsm8k_format.jsonl")
-    with pytest.raises(
-        UserError, match=r"task.question_field=problem is no field .* it has question, answer"
-    ):
+    with pytest.raises(UserError, match=r"task.question_field=problem is no field .* it has question, answer"):
         read_questions(path, "train", fields=Fields(question="problem"))
     with pytest.raises(UserError, match=r"task\.answer_field=final is no field"):
         read_questions(path, "train", fields=Fields(answer="final"))

@@ -33,9 +33,7 @@ def test_addition_takes_a_reward_function():
 
 
 def test_math_files_take_a_reward_function(fixtures):
-    task = MathFileTask(
-        str(fixtures / "gsm8k_format.jsonl"), held_out_size=1, reward="own_rewards.half_length"
-    )
+    task = MathFileTask(str(fixtures / "gsm8k_format.jsonl"), held_out_size=1, reward="own_rewards.half_length")
     assert task.verify([task.train_problem(0, 0)], ["four!"]) == [Verdict(2.5)]
 
 

@@ -60,9 +60,7 @@ def test_formulas_are_judged_by_math_verify(verifier, reference, response, rewar
 
 def test_ordinary_answers_need_no_worker():
     verifier = AnswerVerifier()
-    verdicts = verify(
-        verifier, ("18", "#### 18"), ("18", "#### 19"), ("3,450", "\\boxed{3450.0}"), ("18", "")
-    )
+    verdicts = verify(verifier, ("18", "#### 18"), ("18", "#### 19"), ("3,450", "\\boxed{3450.0}"), ("18", ""))
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0, 0.0]
     assert verifier._process is None
 
@@ -151,9 +149,7 @@ def test_a_forked_process_gets_a_worker_of_its_own(verifier):
 def test_the_worker_imports_no_torch(verifier):
     worker = Path(math_worker.__file__)
     program = f"import runpy, sys; runpy.run_path({str(worker)!r}); print(*sorted(sys.modules))"
-    listing = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
-    )
+    listing = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     modules = {name.partition(".")[0] for name in listing.stdout.split()}
     assert "math_verify" in modules
     assert not modules & {"torch", "transformers", "lightning", "datasets", "vespo_lightning"}

@@ -24,9 +24,7 @@ def brute_force(aggregation: str, losses: list[list[float]]) -> float:
 
 
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[3], [0], [2, 1]]])
-@pytest.mark.parametrize(
-    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
-)
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"])
 def test_equals_brute_force_for_any_split(aggregation, split):
     generator = torch.Generator().manual_seed(0)
     losses = [torch.rand(n, generator=generator, dtype=torch.float64) for n in LENGTHS]
@@ -52,16 +50,11 @@ def test_masking_leaves_the_numerator_only():
 
 def test_integer_lengths_give_float32_and_no_tokens_give_no_weights():
     totals = Totals(tokens=3, sequences=2)
-    assert (
-        token_weights("token-mean", torch.tensor([3, 0]), torch.zeros(3).long(), totals).dtype
-        == torch.float32
-    )
+    assert token_weights("token-mean", torch.tensor([3, 0]), torch.zeros(3).long(), totals).dtype == torch.float32
     assert token_weights("token-mean", torch.tensor([0]), torch.zeros(0).long(), totals).shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("typo", "nearest"), [("token_mean", "token-mean"), ("seq-mean-tokens", "seq-mean-token-sum")]
-)
+@pytest.mark.parametrize(("typo", "nearest"), [("token_mean", "token-mean"), ("seq-mean-tokens", "seq-mean-token-sum")])
 def test_unknown_names_get_the_nearest(typo, nearest):
     with pytest.raises(UserError, match=f"^aggregation={typo} is not known; did you mean {nearest}"):
         check_aggregation(typo)

@@ -59,9 +59,7 @@ def brute_force(model, batch: MiniBatch, objective, aggregation) -> dict[str, to
     tokens = sum(int(s.loss_mask.sum()) for s in batch.samples)
     for i, sample in enumerate(batch.samples):
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
-        logits = (
-            model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
-        )
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1] / TEMPERATURE
         log_p = torch.log_softmax(logits, -1)
         chosen = log_p.gather(1, torch.tensor(sample.response_ids).long()[:, None])[:, 0]
         in_loss = torch.from_numpy(sample.loss_mask & batch.in_loss[i])
@@ -83,9 +81,7 @@ def brute_force(model, batch: MiniBatch, objective, aggregation) -> dict[str, to
             "constant": len(batch.samples) * LIMIT,
         }[aggregation]
         per_token = objective.multiplier(numbers) * chosen + ENTROPY * -(log_p.exp() * log_p).sum(-1)
-        loss = -(per_token * in_loss).sum() * float(
-            np.float32(1 / divisor)
-        )  # weights are float32 by definition
+        loss = -(per_token * in_loss).sum() * float(np.float32(1 / divisor))  # weights are float32 by definition
         loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

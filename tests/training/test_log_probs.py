@@ -101,9 +101,7 @@ def test_extra_ids_equal_to_the_target_and_to_each_other():
     same = given["targets"][:, None].expand(T, K)
     out = chunked_log_probs(given["hidden"], given["weight"], given["targets"], chunk=4, extra_ids=same)
     torch.testing.assert_close(out.extra, out.log_prob[:, None].expand(T, K))
-    (all_four,) = torch.autograd.grad(
-        out.extra.sum() + out.log_prob.sum(), given["hidden"], retain_graph=True
-    )
+    (all_four,) = torch.autograd.grad(out.extra.sum() + out.log_prob.sum(), given["hidden"], retain_graph=True)
     (one,) = torch.autograd.grad(out.log_prob.sum(), given["hidden"])
     torch.testing.assert_close(all_four, 4 * one)
 
@@ -174,9 +172,7 @@ def test_float32_under_autocast_is_not_rounded():
     given = inputs(torch.float32)
 
     def run():
-        out = chunked_log_probs(
-            given["hidden"], given["weight"], given["targets"], bias=given["bias"], chunk=4
-        )
+        out = chunked_log_probs(given["hidden"], given["weight"], given["targets"], bias=given["bias"], chunk=4)
         return [
             *out[:2],
             *torch.autograd.grad(mixed_scalar(out), [given["hidden"], given["weight"], given["bias"]]),

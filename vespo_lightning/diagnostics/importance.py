@@ -66,9 +66,7 @@ def importance_statistics(batch: TokenBatch) -> dict[str, float]:
     }
     if longer.any():
         result["importance/log_weight_long_mean"] = log_weight[longer].mean().item()
-    return result | {
-        f"importance/log_weight_{name}": value for name, value in percentiles(log_weight).items()
-    }
+    return result | {f"importance/log_weight_{name}": value for name, value in percentiles(log_weight).items()}
 
 
 def sequence_coefficients(coefficient: Tensor, batch: TokenBatch) -> Tensor:

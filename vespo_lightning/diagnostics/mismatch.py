@@ -39,8 +39,7 @@ def mismatch_statistics(batch: TokenBatch) -> dict[str, float]:
         "mismatch/k3_kl": (torch.expm1(d) - d).mean().item(),
         "mismatch/log_prob_diff_mean": d.abs().mean().item(),
         "mismatch/log_prob_diff_max": d.abs().max().item(),
-        "mismatch/perplexity_gap": _perplexity(trainer[compared])
-        - _perplexity(batch.behaviour_log_prob[compared]),
+        "mismatch/perplexity_gap": _perplexity(trainer[compared]) - _perplexity(batch.behaviour_log_prob[compared]),
         "mismatch/extreme_token_share": (d.abs() > math.log(EXTREME_RATIO)).double().mean().item(),
     }
     whole = (batch.length > 0) & (batch.sequence_sum(compared.to(batch.length)) == batch.length)

@@ -7,9 +7,7 @@ import math
 from vespo_lightning.errors import UserError
 
 
-def require_number(
-    key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
-) -> float:
+def require_number(key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """``value`` as a float, when it is a finite number in [low, high], or (low, high] with ``open_low``.
 
     Raises:
@@ -19,7 +17,5 @@ def require_number(
         above = value > low if open_low else value >= low
         if above and value <= high:
             return float(value)
-    bound = f"{'above' if open_low else 'at least'} {low:g}" + (
-        f" and at most {high:g}" if high < math.inf else ""
-    )
+    bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     raise UserError(f"objective.{key}={value} is not allowed; give a finite number {bound}")

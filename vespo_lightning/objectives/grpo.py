@@ -43,9 +43,7 @@ class Grpo(Objective):
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> None:
         self.clip_low = require_number("clip_low", clip_low, 0.0, 1.0)
         self.clip_high = require_number("clip_high", clip_high, 0.0)
-        self.dual_clip = (
-            None if dual_clip is None else require_number("dual_clip", dual_clip, 1.0, open_low=True)
-        )
+        self.dual_clip = None if dual_clip is None else require_number("dual_clip", dual_clip, 1.0, open_low=True)
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
         ratio = _ratio(batch)
@@ -58,8 +56,7 @@ class Grpo(Objective):
         """Common numbers, and the share of active tokens clipped on each side."""
         active = active_tokens(batch)
         clipped = {
-            f"objective/{side}_share": mask[active]
-            for side, mask in self._clipped(_ratio(batch), batch).items()
+            f"objective/{side}_share": mask[active] for side, mask in self._clipped(_ratio(batch), batch).items()
         }
         return coefficient_statistics(self.coefficient(batch), batch) | means(clipped)
 

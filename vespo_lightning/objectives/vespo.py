@@ -79,12 +79,8 @@ class Vespo(Objective):
         positive = batch.advantage >= 0
         log_weight = self.log_weight(batch)
         # new_tensor: a where between Python numbers would round the constants to float32
-        c1 = torch.where(
-            positive, log_weight.new_tensor(self.c1_positive), log_weight.new_tensor(self.c1_negative)
-        )
-        c2 = torch.where(
-            positive, log_weight.new_tensor(self.c2_positive), log_weight.new_tensor(self.c2_negative)
-        )
+        c1 = torch.where(positive, log_weight.new_tensor(self.c1_positive), log_weight.new_tensor(self.c1_negative))
+        c2 = torch.where(positive, log_weight.new_tensor(self.c2_positive), log_weight.new_tensor(self.c2_negative))
         return torch.exp(c1 * log_weight - c2 * torch.expm1(log_weight)).to(batch.log_prob.dtype)
 
     def coefficient(self, batch: TokenBatch) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -49,6 +50,8 @@ class RolloutEngine(ABC):
     folder's checkpoint (``model.layers.0.mlp.experts.0.gate_proj.weight``), whatever they fuse inside.
     """
 
+    dtype: torch.dtype
+    """Precision of the weights held."""
     version: int = 0
     """Policy version of the weights held now, as given to the last :meth:`load_weights`."""
 
@@ -71,7 +74,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def fingerprint(self) -> int:
-        """Checksum read back from the weights that generation uses, see :mod:`vespo_lightning.rollouts.weight_check`."""
+        """Checksum read back from the weights in use, see :mod:`vespo_lightning.rollouts.weight_check`."""
 
     @abstractmethod
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 from vespo_lightning.objectives.advantages import Advantage
 from vespo_lightning.rollouts.producer import Rollout, RolloutProducer
 from vespo_lightning.rollouts.sample import MiniBatch
+from vespo_lightning.tasks.prompts import PromptStream
 
 
 class RolloutSizes(Protocol):
@@ -49,7 +50,7 @@ class RolloutLoader:
         self._rollout = 0
         self._position = 0
         self._size = 0
-        self._next_prompt = 0
+        self._prompts = PromptStream(producer.task, producer.seed)
         self._identity: dict[str, Any] = {}
         self._current: Rollout | None = None
 
@@ -87,11 +88,9 @@ class RolloutLoader:
     def _begin_rollout(self) -> dict[str, float]:
         rollout = self._rollout + 1 if self._size else 0
         size = min(self.sizes.rollout_size(rollout), self.updates - self._update)
-        groups = size * self.groups_per_mini_batch
-        self._current = self.producer.produce(rollout, self._next_prompt, groups)
+        self._current = self.producer.produce(rollout, self._prompts.take(size * self.groups_per_mini_batch))
         self._rollout, self._size, self._position = rollout, size, 0
         self._identity = self._current.identity
-        self._next_prompt += groups
         return self._current.metrics
 
     @property
@@ -105,14 +104,15 @@ class RolloutLoader:
             "rollout": self._rollout,
             "position": self._position,
             "size": self._size,
-            "next_prompt": self._next_prompt,
+            "prompts": self._prompts.state_dict(),
             "identity": dict(self._identity),
             "reward_errors": self.producer.reward_errors,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._update, self._rollout, self._position = state["update"], state["rollout"], state["position"]
-        self._size, self._next_prompt = state["size"], state["next_prompt"]
+        self._size = state["size"]
+        self._prompts.load_state_dict(state["prompts"])
         self._identity = dict(state["identity"])
         self.producer.reward_errors = state["reward_errors"]
         self._current = None

@@ -129,18 +129,15 @@ class RolloutProducer:
 
     @property
     def source(self) -> WeightSource:
-        assert self._source is not None, (
-            "the producer was not started (callback RolloutGeneration is missing)"
-        )
+        assert self._source is not None, "the producer was not started (callback RolloutGeneration is missing)"
         return self._source
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
-    def produce(self, rollout: int, first_prompt: int, groups: int) -> Rollout:
-        """Groups for prompts ``first_prompt`` .. ``first_prompt + groups - 1`` of the run's stream of prompts."""
+    def produce(self, rollout: int, prompts: Sequence[tuple[int, Problem]]) -> Rollout:
+        """One group of responses for each (place in the stream of prompts, problem)."""
         metrics = self.sync()
-        identity = self._identity(first_prompt, groups)
-        made = self._gather(rollout, identity, metrics, generate=True)
+        made = self._gather(rollout, self._identity(prompts), metrics, prompts)
         self._count_errors(made.samples)
         return made
 
@@ -150,37 +147,39 @@ class RolloutProducer:
         Raises:
             UserError: it is not there any more.
         """
-        return self._gather(rollout, identity, {}, generate=False)
+        return self._gather(rollout, identity, {}, None)
 
-    def _identity(self, first_prompt: int, groups: int) -> dict[str, Any]:
+    def _identity(self, prompts: Sequence[tuple[int, Problem]]) -> dict[str, Any]:
         return {
             "weights": f"{self.check.shipped:016x}",
             "version": self.engine.version,
             "seed": self.seed,
-            "first_prompt": first_prompt,
-            "groups": groups,
+            "first_prompt": prompts[0][0],
+            "groups": len(prompts),
             "group_size": self.group_size,
             "temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
-            "shuffle_rewards": self.shuffle_rewards,
         }
 
     def _gather(
-        self, rollout: int, identity: dict[str, Any], metrics: dict[str, float], generate: bool
+        self,
+        rollout: int,
+        identity: dict[str, Any],
+        metrics: dict[str, float],
+        prompts: Sequence[tuple[int, Problem]] | None,
     ) -> Rollout:
+        """All chunks of a rollout: those on the disk are read, the others made of ``prompts``, if given."""
         samples: list[Sample] = []
         seconds: dict[str, float] = {}
-        first, groups = identity["first_prompt"], identity["groups"]
-        for chunk, start in enumerate(range(0, groups, self.chunk_groups)):
-            count = min(self.chunk_groups, groups - start)
+        for chunk, start in enumerate(range(0, identity["groups"], self.chunk_groups)):
             found = self.store.read(rollout, chunk, identity)
-            if found is None and not generate:
-                raise UserError(
-                    f"chunk {chunk} of rollout {rollout} is missing in {self.store.folder}, so the run cannot go on "
-                    "exactly; put the folder back, or start a new run from the export of this one"
-                )
             if found is None:
-                found = self._make_chunk(rollout, start, first + start, count)
+                if prompts is None:
+                    raise UserError(
+                        f"chunk {chunk} of rollout {rollout} is missing in {self.store.folder}, so the run cannot go "
+                        "on exactly; put the folder back, or start a new run from the export of this one"
+                    )
+                found = self._make_chunk(rollout, start, prompts[start : start + self.chunk_groups])
                 self.store.write(rollout, chunk, found[0], identity, found[1])
             samples += found[0]
             for name, value in found[1].items():
@@ -188,14 +187,14 @@ class RolloutProducer:
         return Rollout(samples, {**metrics, **seconds, **_rollout_metrics(samples)}, identity)
 
     def _make_chunk(
-        self, rollout: int, offset: int, first_prompt: int, groups: int
+        self, rollout: int, offset: int, prompts: Sequence[tuple[int, Problem]]
     ) -> tuple[list[Sample], dict[str, float]]:
-        problems = [self.task.train_problem(self.seed, first_prompt + g) for g in range(groups)]
-        prompts = [self._prompt_ids(problem) for problem in problems]
+        places, problems = zip(*prompts, strict=True)
+        prompt_ids = [self._prompt_ids(problem) for problem in problems]
         version = self.engine.version
-        members = [(g, k) for g in range(groups) for k in range(self.group_size)]
-        seeds = [sample_seed(self.seed, first_prompt + g, problems[g].id, k, version) for g, k in members]
-        requests = [GenerationRequest(prompts[g], seed) for (g, _), seed in zip(members, seeds, strict=True)]
+        members = [(g, k) for g in range(len(prompts)) for k in range(self.group_size)]
+        seeds = [sample_seed(self.seed, places[g], problems[g].id, k, version) for g, k in members]
+        requests = [GenerationRequest(prompt_ids[g], seed) for (g, _), seed in zip(members, seeds, strict=True)]
         started = time.perf_counter()
         self.engine.reset_cache()
         generations = self.engine.generate(requests, self.sampling)
@@ -209,7 +208,7 @@ class RolloutProducer:
                 group_id=f"{rollout}/{offset + g}",
                 index=k,
                 seed=seeds[i],
-                prompt_ids=np.asarray(prompts[g], dtype=np.int32),
+                prompt_ids=np.asarray(prompt_ids[g], dtype=np.int32),
                 response_ids=generations[i].token_ids,
                 behaviour_log_probs=generations[i].log_probs,
                 version_runs=[(version, len(generations[i].token_ids))],
@@ -223,7 +222,7 @@ class RolloutProducer:
             )
             for i, (g, k) in enumerate(members)
         ]
-        self._adjust_rewards(samples, first_prompt)
+        self._adjust_rewards(samples, places[0])
         if self.recompute:
             for sample, log_probs in zip(samples, self.source.sample_log_probs(samples), strict=True):
                 sample.recomputed_log_probs = log_probs
@@ -235,13 +234,13 @@ class RolloutProducer:
             seconds["performance/recompute_seconds"] = time.perf_counter() - verified
         return samples, seconds
 
-    def _adjust_rewards(self, samples: list[Sample], first_prompt: int) -> None:
+    def _adjust_rewards(self, samples: list[Sample], place: int) -> None:
         if self.truncated == "penalise":
             for sample in samples:
                 if sample.truncated:
                     sample.reward = self.truncated_reward
         if self.shuffle_rewards:
-            order = np.random.default_rng([self.seed, first_prompt]).permutation(len(samples))
+            order = np.random.default_rng([self.seed, place]).permutation(len(samples))
             rewards = [samples[i].reward for i in order]
             for sample, reward in zip(samples, rewards, strict=True):
                 sample.reward = reward
@@ -272,9 +271,7 @@ class RolloutProducer:
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, problems: Sequence[Problem], samples_per_problem: int, temperature: float
-    ) -> EvaluationResult:
+    def evaluate(self, problems: Sequence[Problem], samples_per_problem: int, temperature: float) -> EvaluationResult:
         """Responses of the current policy to given problems, judged. Seeds are the same at every evaluation."""
         if self.engine.version != self.source.policy_version:
             self.sync()

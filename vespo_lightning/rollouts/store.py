@@ -86,9 +86,7 @@ class RolloutStore:
                 f"rollout chunk {path} could not be written ({error}); free disk space and resume"
             ) from error
 
-    def read(
-        self, rollout: int, chunk: int, identity: dict[str, Any]
-    ) -> tuple[list[Sample], dict[str, float]] | None:
+    def read(self, rollout: int, chunk: int, identity: dict[str, Any]) -> tuple[list[Sample], dict[str, float]] | None:
         """The chunk's samples and metrics, or None where there is none of this identity."""
         path = self._path(rollout, chunk)
         if not path.exists():

@@ -18,6 +18,7 @@ from vespo_lightning.rollouts.randomness import uniforms
 from vespo_lightning.rollouts.weight_check import fingerprint
 from vespo_lightning.routing.layout import expand_layers
 from vespo_lightning.routing.tap import RouterTap
+from vespo_lightning.scoring import score_sequences
 from vespo_lightning.weights import InPlaceLoader, checkpoint_tensors
 
 #: Finished rows are dropped from the batch when fewer than this share of its rows still generate.
@@ -47,9 +48,7 @@ class TransformersEngine(RolloutEngine):
             raise UserError(f"engine.dtype={dtype} is unknown; valid: float32, bfloat16, float64")
         self.batch_size = batch_size
         self.dtype = getattr(torch, dtype)
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.record_routing = record_routing
         self._model: PreTrainedModel | None = None
         self._tap: RouterTap | None = None
@@ -82,17 +81,10 @@ class TransformersEngine(RolloutEngine):
         self.version = version
 
     def fingerprint(self) -> int:
-        return fingerprint(tensor for _, tensor in checkpoint_tensors(self.model))
+        return fingerprint((tensor for _, tensor in checkpoint_tensors(self.model)), self.dtype)
 
-    @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        scores = []
-        for sequence in sequences:
-            ids = torch.tensor([list(sequence)], device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            log_probs = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])
-            scores.append(log_probs[:, 0].cpu().numpy())
-        return scores
+        return score_sequences(self.model, sequences)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
@@ -101,9 +93,7 @@ class TransformersEngine(RolloutEngine):
             done += self._generate_batch(requests[start : start + self.batch_size], sampling)
         return done
 
-    def _generate_batch(
-        self, requests: Sequence[GenerationRequest], sampling: SamplingParams
-    ) -> list[Generation]:
+    def _generate_batch(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         state = _Decoding(requests, sampling, self._stop_ids, self.device)
         cache = DynamicCache(config=self.model.config)
         input_ids, mask = _left_pad(requests, self.device)
@@ -168,9 +158,7 @@ class _Decoding:
             tuple[Tensor, np.ndarray, np.ndarray, int]
         ] = []  # request, experts, probabilities, positions
 
-    def advance(
-        self, logits: Tensor, routing: tuple[np.ndarray, np.ndarray] | None, positions: int
-    ) -> Tensor:
+    def advance(self, logits: Tensor, routing: tuple[np.ndarray, np.ndarray] | None, positions: int) -> Tensor:
         """Sample one token per row; returns the rows that go on."""
         step = len(self.steps)
         temperature = self.sampling.temperature or 1.0

@@ -44,7 +44,7 @@ class VllmEngine(RolloutEngine):
         max_model_len: longest prompt + response in tokens; None takes the model's own context.
         max_num_seqs: sequences decoded together.
         kv_cache_gib: memory for keys and values; None leaves it to ``gpu_memory_utilization``, and is 1 on a
-            CPU.
+            CPU. There, the user's own VLLM_CPU_KVCACHE_SPACE takes precedence.
         gpu_memory_utilization: share of the GPU for weights, keys and values together, where ``kv_cache_gib``
             is None. The trainer needs the rest. No effect on a CPU.
         enforce_eager: run the model as it is written; False lets vLLM compile it at start (CUDA graphs on a
@@ -178,17 +178,17 @@ class VllmEngine(RolloutEngine):
         outputs = self._run(sequences, settings)
         return [
             np.array(
-                [
-                    chosen[int(token)].logprob
-                    for token, chosen in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-                ],
+                [chosen[int(token)].logprob for token, chosen in zip(ids[1:], output.prompt_logprobs[1:], strict=True)],
                 dtype=np.float32,
             )
             for ids, output in zip(sequences, outputs, strict=True)
         ]
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Raises UserError when vLLM's loader refuses a name, or a weight of its model did not arrive."""
+        """Raises UserError when vLLM's loader refuses a name, or a weight of its model did not arrive.
+
+        After a refusal the model is half loaded: the engine must be closed and started again.
+        """
         with self._guest():
             self._on_worker(vllm_weights.reload, tensors)
         self.reset_cache()

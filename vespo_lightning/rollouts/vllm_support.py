@@ -66,9 +66,7 @@ def read_config(model_path: str) -> tuple[PreTrainedConfig, list[int]]:
         end = GenerationConfig.from_pretrained(model_path).eos_token_id
     end = config.eos_token_id if end is None else end
     if end is None:
-        raise UserError(
-            f"model.path={model_path} names no eos_token_id in its config: responses could never end"
-        )
+        raise UserError(f"model.path={model_path} names no eos_token_id in its config: responses could never end")
     return config, [end] if isinstance(end, int) else list(end)
 
 

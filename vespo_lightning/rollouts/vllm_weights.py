@@ -17,7 +17,7 @@ _IDENTITY_ROWS = 256
 
 def reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Replace all weights of a worker's model. Raises UserError naming what was refused or did not arrive."""
-    model: nn.Module = worker.get_model()
+    model: Any = worker.get_model()
     loaded: set[str] = set()
     current = "none"
     load_weights = model.load_weights
@@ -34,7 +34,7 @@ def reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
     # An instance attribute shadows the method for the time of the reload: vLLM itself only logs what is
     # missing.
-    model.load_weights = recorded  # type: ignore[assignment]
+    model.load_weights = recorded
     try:
         worker.reload_weights(weights_iterator=named(tensors))
     except (KeyError, ValueError, AssertionError, RuntimeError) as error:
@@ -44,9 +44,7 @@ def reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         ) from error
     finally:
         del model.load_weights
-    missing = sorted(
-        {_plain(name) for name, _ in model.named_parameters()} - {_plain(name) for name in loaded}
-    )
+    missing = sorted({_plain(name) for name, _ in model.named_parameters()} - {_plain(name) for name in loaded})
     if missing:
         raise UserError(
             f"engine=vllm was not given {len(missing)} of its weights, among them {missing[0]}: the "
@@ -75,11 +73,11 @@ def repair(model: nn.Module) -> None:
             _repair_experts(module)
 
 
-def _repair_tied_linear(module: nn.Module) -> None:
+def _repair_tied_linear(module: Any) -> None:
     module.quant_method.process_weights_after_loading(module)
 
 
-def _repair_experts(module: nn.Module) -> None:
+def _repair_experts(module: Any) -> None:
     module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
@@ -99,6 +97,7 @@ def checksum(worker: Any, dtype: torch.dtype) -> int:
 @torch.inference_mode()
 def _weights_in_use(model: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
     seen: set[int] = set()
+    module: Any
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen and parameter.numel():
@@ -112,15 +111,14 @@ def _weights_in_use(model: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
                 yield packed
 
 
-def _unpack_linear(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def _unpack_linear(module: Any, dtype: torch.dtype) -> Tensor:
     """[in, out]: the weight that a packed CPU linear multiplies by, got exactly by giving it the identity."""
     if module.weight.numel():
         size, dtype = module.weight.shape[1], module.weight.dtype
     else:
         size = getattr(module, "input_size_per_partition", None) or module.input_size
     rows = [
-        module.cpu_linear(chunk, module.weight, None)
-        for chunk in torch.eye(size, dtype=dtype).split(_IDENTITY_ROWS)
+        module.cpu_linear(chunk, module.weight, None) for chunk in torch.eye(size, dtype=dtype).split(_IDENTITY_ROWS)
     ]
     return torch.cat(rows)
 

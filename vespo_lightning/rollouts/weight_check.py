@@ -11,7 +11,6 @@ Two independent checks, because each is blind where the other sees:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -101,7 +100,7 @@ _TOLERANCE = {
     torch.float64: (1e-4, 10.0, 1e-2),
     torch.float32: (1e-4, 10.0, 1e-2),
     torch.float16: (5e-3, 4.0, 0.1),
-    torch.bfloat16: (2e-2, 4.0, 0.2),
+    torch.bfloat16: (3e-2, 4.0, 0.2),
 }
 #: Spread of log-probs below which differences are no longer measured relative to it (nearly uniform models).
 _MIN_SPREAD = 0.05
@@ -124,7 +123,7 @@ class WeightCheck:
     def __init__(self, engine: RolloutEngine, sequences: Sequence[Sequence[int]]) -> None:
         self.engine = engine
         self.sequences = sequences
-        self.dtype: torch.dtype = engine.dtype  # type: ignore[attr-defined]
+        self.dtype: torch.dtype = engine.dtype
         self.floor, self.margin, self.limit = _TOLERANCE[self.dtype]
         self.offset = 0
         self.tolerance = self.limit
@@ -176,17 +175,11 @@ class WeightCheck:
             StaleWeightsError: checksum or version read back are not those sent.
             CorruptWeightsError: the canary differs by more than the tolerance.
         """
-        began = time.perf_counter()
         sent = _Tally(tensors, self.dtype)
         self.engine.load_weights(sent, version)
         expected = self.shipped = sent.finish()
-        loaded = time.perf_counter()
         self._check_checksum(expected, version)
-        measured = self._check_canary(trainer_log_probs, version)
-        return measured | {
-            "performance/weight_load_seconds": loaded - began,
-            "performance/weight_check_seconds": time.perf_counter() - loaded,
-        }
+        return self._check_canary(trainer_log_probs, version)
 
     def _check_checksum(self, expected: int, version: int) -> None:
         if self.engine.version != version:

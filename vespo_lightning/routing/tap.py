@@ -39,18 +39,14 @@ class RouterTap:
         scoring: how the family turns router logits into scores.
     """
 
-    def __init__(
-        self, routers: dict[int, nn.Module], num_decoder_layers: int, num_experts: int, top_k: int
-    ) -> None:
+    def __init__(self, routers: dict[int, nn.Module], num_decoder_layers: int, num_experts: int, top_k: int) -> None:
         self.layers = sorted(routers)
         self.num_decoder_layers = num_decoder_layers
         self.num_experts = num_experts
         self.top_k = top_k
         self.scoring: Scoring = _scoring(routers[self.layers[0]])
         self._record: RoutingRecord | None = None
-        self._handles = [
-            router.register_forward_hook(_RouterHook(self, layer)) for layer, router in routers.items()
-        ]
+        self._handles = [router.register_forward_hook(_RouterHook(self, layer)) for layer, router in routers.items()]
 
     @classmethod
     def attach(cls, model: PreTrainedModel) -> RouterTap | None:

@@ -44,7 +44,7 @@ class AdditionTask(Task):
     """Add two numbers with the same number of digits, writing the carries down.
 
     Prompts are ``347+582=\\n``, or with distractors ``a=12;b=347;c=582;b+c=\\n``, where the policy has to
-    find the numbers that are asked for. With the default 4 to 8 digits a worked response has 42 to 83
+    find the numbers that are asked for. With the default 4 to 6 digits a worked response has 42 to 63
     characters, end token included. The answer is what follows the last ``#``; reward 1 where it is exactly
     the sum, else 0.
 
@@ -67,7 +67,7 @@ class AdditionTask(Task):
     def __init__(
         self,
         min_digits: int = 4,
-        max_digits: int = 8,
+        max_digits: int = 6,
         distractors: int = 0,
         held_out_size: int = 512,
         reward: str | None = None,
@@ -81,9 +81,7 @@ class AdditionTask(Task):
         if not 0 <= distractors <= len(_NAMES) - 2:
             raise UserError(f"task.distractors={distractors} is out of range; use 0 to {len(_NAMES) - 2}")
         if held_out_size < 1:
-            raise UserError(
-                f"task.held_out_size={held_out_size} leaves nothing to evaluate on; use 1 or more"
-            )
+            raise UserError(f"task.held_out_size={held_out_size} leaves nothing to evaluate on; use 1 or more")
         self.min_digits = min_digits
         self.max_digits = max_digits
         self.distractors = distractors

@@ -142,12 +142,8 @@ def _shuffled(questions: list[Question]) -> Iterable[tuple[Question, Question]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="How well the verifier judges the answers of question files."
-    )
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=".jsonl, .json, .parquet file, folder or hub name"
-    )
+    parser = argparse.ArgumentParser(description="How well the verifier judges the answers of question files.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json, .parquet file, folder or hub name")
     parser.add_argument("--split", default="test", help="split of folders and hub names (default: test)")
     options = parser.parse_args(arguments)
     verifier = AnswerVerifier()

@@ -66,13 +66,9 @@ class MathFileTask(Task):
         if path is None and held_out_path is None:
             raise UserError("task.path=null needs task.held_out_path; name the file with the questions")
         if held_out_path is None and held_out_size is None:
-            raise UserError(
-                "task.held_out_size=null needs task.held_out_path; set a number to split task.path by"
-            )
+            raise UserError("task.held_out_size=null needs task.held_out_path; set a number to split task.path by")
         if held_out_size is not None and held_out_size < 1:
-            raise UserError(
-                f"task.held_out_size={held_out_size} leaves nothing to evaluate on; use 1 or more"
-            )
+            raise UserError(f"task.held_out_size={held_out_size} leaves nothing to evaluate on; use 1 or more")
         if verify_timeout_s <= 0:
             raise UserError(f"task.verify_timeout_s={verify_timeout_s} gives no time; use a few seconds")
         self.max_reward_errors = max_reward_errors
@@ -152,7 +148,5 @@ def _smallest_hashes(questions: Sequence[Question], size: int | None) -> list[Qu
     if size is None or size >= len(questions):
         return list(questions)
     # by text, so that a file in another order or with more questions keeps most of its held-out ones
-    chosen = sorted(
-        questions, key=lambda question: hashlib.blake2b(_same_text(question.text).encode()).digest()
-    )[:size]
+    chosen = sorted(questions, key=lambda question: hashlib.blake2b(_same_text(question.text).encode()).digest())[:size]
     return sorted(chosen, key=lambda question: question.row)

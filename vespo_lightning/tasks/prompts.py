@@ -35,13 +35,12 @@ class PromptStream:
         self.cursor = 0
         """Problems that all ranks have taken together."""
 
-    def take(self, n: int) -> list[Problem]:
-        """This rank's next ``n`` problems."""
+    def take(self, n: int) -> list[tuple[int, Problem]]:
+        """This rank's next ``n`` problems, each with its place in the stream of all ranks."""
         start = self.cursor + self.rank
         self.cursor += n * self.world_size
-        return [
-            self.task.train_problem(self.seed, index) for index in range(start, self.cursor, self.world_size)
-        ]
+        places = range(start, self.cursor, self.world_size)
+        return [(place, self.task.train_problem(self.seed, place)) for place in places]
 
     def state_dict(self) -> dict[str, int]:
         """The position, valid for any rank and number of ranks."""
@@ -64,9 +63,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptText) -> lis
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            return list(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            )
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # templates are programs of the model's makers and raise what they like
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(

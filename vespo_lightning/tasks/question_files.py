@@ -102,9 +102,7 @@ def _read_file(file: Path, key: str) -> list[dict[str, Any]]:
             # not splitlines(), which also splits at line separators inside of strings
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            raise UserError(
-                f"{key}={file} is no {', '.join(_FILE_SUFFIXES)} file; convert it or name one of those"
-            )
+            raise UserError(f"{key}={file} is no {', '.join(_FILE_SUFFIXES)} file; convert it or name one of those")
     except (ValueError, OSError) as error:  # broken JSON, text or parquet: all of them are ValueErrors
         raise UserError(f"{key}={file} cannot be read ({error}); repair the file or name another") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -154,14 +152,10 @@ def _require(row: Mapping[str, Any], field: str, key: str, path: str) -> None:
 def _question_text(row: Mapping[str, Any], fields: tuple[str, ...], where: str) -> str:
     parts = [row.get(field) for field in fields]
     if not all(isinstance(part, str) and part.strip() for part in parts):
-        raise UserError(
-            f"{where} has no text in {' and '.join(fields)}; repair it or set task.question_field"
-        )
+        raise UserError(f"{where} has no text in {' and '.join(fields)}; repair it or set task.question_field")
     *body, question = (str(part).strip() for part in parts)
     # SVAMP's bodies often lack their full stop
-    return " ".join(
-        [text if text.endswith((".", "!", "?", ",")) else f"{text}." for text in body] + [question]
-    )
+    return " ".join([text if text.endswith((".", "!", "?", ",")) else f"{text}." for text in body] + [question])
 
 
 def _final_answer(row: Mapping[str, Any], field: str, where: str) -> str:

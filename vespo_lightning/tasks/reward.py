@@ -34,26 +34,20 @@ def load_reward(path: str) -> RewardFunction:
     return function
 
 
-def judge_with(
-    function: RewardFunction, problems: Sequence[Problem], responses: Sequence[str]
-) -> list[Verdict]:
+def judge_with(function: RewardFunction, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
     """Verdicts of the user's function, called in this process, one by one and without a deadline.
 
     An exception, or a reward that is no finite number, becomes a verdict with reward 0 and an error that
     names the problem; nothing is raised. How many of those a run bears is ``task.max_reward_errors``.
     """
-    return [
-        _judge_one(function, problem, response) for problem, response in zip(problems, responses, strict=True)
-    ]
+    return [_judge_one(function, problem, response) for problem, response in zip(problems, responses, strict=True)]
 
 
 def _judge_one(function: RewardFunction, problem: Problem, response: str) -> Verdict:
     try:
         reward = float(function(problem.prompt, response, problem.reference))
     except Exception as error:
-        return Verdict(
-            0.0, f"problem {problem.id}: the reward function raised {type(error).__name__}: {error}"
-        )
+        return Verdict(0.0, f"problem {problem.id}: the reward function raised {type(error).__name__}: {error}")
     if not math.isfinite(reward):
         return Verdict(0.0, f"problem {problem.id}: the reward function returned {reward}")
     return Verdict(reward)

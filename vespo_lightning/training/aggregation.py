@@ -40,9 +40,7 @@ def check_aggregation(aggregation: str) -> None:
         )
 
 
-def token_weights(
-    aggregation: str, sequence_length: Tensor, sequence_index: Tensor, totals: Totals
-) -> Tensor:
+def token_weights(aggregation: str, sequence_length: Tensor, sequence_index: Tensor, totals: Totals) -> Tensor:
     """[T] weight of each token's loss. Weighted losses are summed over micro-batches and ranks.
 
     * ``token-mean``: every token of the mini-batch weighs the same, 1 / tokens (VESPO's scripts, DAPO).

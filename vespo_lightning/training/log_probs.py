@@ -44,9 +44,7 @@ def chunked_log_probs(
         chunk: tokens per chunk; peak extra memory is about ``3 * chunk * V`` floats.
         extra_ids: int64 [T, K], further token ids whose log-probs are wanted.
     """
-    gathered = (
-        targets.unsqueeze(1) if extra_ids is None else torch.cat([targets.unsqueeze(1), extra_ids], dim=1)
-    )
+    gathered = targets.unsqueeze(1) if extra_ids is None else torch.cat([targets.unsqueeze(1), extra_ids], dim=1)
     log_probs, entropy = _ChunkedLogProbs.apply(hidden, weight, bias, gathered, temperature, chunk)
     return LogProbs(log_probs[:, 0], entropy, None if extra_ids is None else log_probs[:, 1:])
 

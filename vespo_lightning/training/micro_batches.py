@@ -15,9 +15,7 @@ from vespo_lightning.training.policy import ModelInputs
 Layout = Literal["padded", "packed"]
 
 
-def plan_micro_batches(
-    lengths: Sequence[int], token_budget: int, layout: Layout = "padded"
-) -> list[list[int]]:
+def plan_micro_batches(lengths: Sequence[int], token_budget: int, layout: Layout = "padded") -> list[list[int]]:
     """Group sequences so that no forward pass exceeds the budget; whole sequences stay together.
 
     Longest first, so that padded rows of one micro-batch are of like length. The plan depends on nothing but its
@@ -33,7 +31,7 @@ def plan_micro_batches(
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > token_budget:
         raise UserError(
-            f"trainer.token_budget={token_budget} is smaller than one sequence of {lengths[order[0]]} tokens; "
+            f"batching.token_budget={token_budget} is smaller than one sequence of {lengths[order[0]]} tokens; "
             f"set it to at least {lengths[order[0]]}"
         )
     plan: list[list[int]] = []

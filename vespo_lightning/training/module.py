@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
@@ -17,11 +17,14 @@ from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.base import Objective, policy_loss
 from vespo_lightning.rollouts.sample import MiniBatch, Sample
 from vespo_lightning.routing.tap import RouterTap
+from vespo_lightning.scoring import score_sequences
 from vespo_lightning.training.aggregation import Aggregation, Totals, token_weights
 from vespo_lightning.training.micro_batches import Layout, collate, plan_micro_batches
 from vespo_lightning.training.optimizers import build_adamw
 from vespo_lightning.training.outputs import MicroBatchObserver, MicroBatchOutput, UpdateResult
+from vespo_lightning.training.packing import packed_rows_are_separate
 from vespo_lightning.training.policy import Policy
+from vespo_lightning.training.precision import PreciseModule
 from vespo_lightning.training.routing_batches import routing_batch
 from vespo_lightning.training.token_batches import MiniBatchTokens
 from vespo_lightning.weights import checkpoint_tensors
@@ -31,7 +34,7 @@ class NonFiniteStreak(UserError):
     """Too many updates in a row had a non-finite loss or gradient."""
 
 
-class PolicyModule(L.LightningModule):
+class PolicyModule(PreciseModule):
     """Trains a policy on mini-batches of samples with an :class:`Objective`.
 
     Manual optimization: ``training_step`` loops over micro-batches and steps once. The loss is normalised by counts
@@ -46,7 +49,7 @@ class PolicyModule(L.LightningModule):
             ``cosine``), with ``warmup_updates`` and ``updates`` (its total length).
         max_grad_norm: clip the gradient to this 2-norm; None does not clip.
         token_budget: most tokens, padding included, of one forward pass.
-        layout: ``padded`` rows or ``packed`` rows.
+        layout: ``padded`` rows or ``packed`` rows; models whose packed sequences see each other get padded ones.
         temperature: of sampling; the same on both sides of the importance ratio.
         denominator: of the importance ratio, see DESIGN.
         aggregation: how token losses become one number; ``constant`` divides by ``max_response_tokens``.
@@ -124,6 +127,22 @@ class PolicyModule(L.LightningModule):
 
     # ---- Lightning ---------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Packed rows only where the model keeps their sequences apart."""
+        experts = getattr(self.model.config, "_experts_implementation", None)
+        if self.is_moe and self.dtype == torch.float64 and experts != "eager":
+            raise UserError(f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=eager")
+        if self.layout != "packed":
+            return
+        with self._precision():
+            separate = packed_rows_are_separate(self.policy)
+        if not separate:
+            rank_zero_warn(
+                f"batching.layout=packed: {type(self.model).__name__} lets packed sequences see each other, so rows "
+                "are padded instead; set batching.layout=padded to silence this"
+            )
+            self.layout = "padded"
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_adamw(self.policy, **self.optimizer_options)
         scheduler = get_scheduler(
@@ -131,9 +150,7 @@ class PolicyModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def transfer_batch_to_device(
-        self, batch: MiniBatch, device: torch.device, dataloader_idx: int
-    ) -> MiniBatch:
+    def transfer_batch_to_device(self, batch: MiniBatch, device: torch.device, dataloader_idx: int) -> MiniBatch:
         """Samples stay numpy arrays; what a step needs is moved by the step."""
         return batch
 
@@ -186,8 +203,8 @@ class PolicyModule(L.LightningModule):
                 micro_loss = micro_loss - self.entropy_coefficient * bonus
             self.manual_backward(micro_loss)
             index = tokens.token_index(sequences)
-            log_prob[index] = out.log_prob.detach()
-            entropy[index] = out.entropy.detach()
+            log_prob[index] = out.log_prob.detach().to(log_prob.dtype)
+            entropy[index] = out.entropy.detach().to(entropy.dtype)
             loss += float(micro_loss.detach())
             if observers:
                 routing = (
@@ -221,14 +238,16 @@ class PolicyModule(L.LightningModule):
         if self.skipped_streak >= self.max_skipped_streak:
             raise NonFiniteStreak(
                 f"{self.skipped_streak} updates in a row had a non-finite loss or gradient "
-                f"(trainer.max_skipped_streak={self.max_skipped_streak}); lower module.lr or look at the last rollouts. "
-                f"{self._last_checkpoint()}"
+                f"(optim.max_skipped_streak={self.max_skipped_streak}); {self._last_checkpoint()}: look at the last "
+                "rollouts, or lower optim.lr"
             )
 
     def _last_checkpoint(self) -> str:
         callback = self.trainer.checkpoint_callback
-        path = getattr(callback, "last_path", None)
-        return f"Last good checkpoint: {path}" if path else "No checkpoint had been written yet."
+        # RunCheckpoint's name for it, ModelCheckpoint's, and what a resumed run started from
+        path = getattr(callback, "last_path", None) or getattr(callback, "best_model_path", None)
+        path = path or self.trainer.ckpt_path
+        return f"the last good checkpoint is {path}" if path else "no checkpoint had been written yet"
 
     def _record_update(self, result: UpdateResult) -> None:
         rewards = result.mini_batch.rewards
@@ -283,17 +302,10 @@ class PolicyModule(L.LightningModule):
                 results[i] = piece.numpy()
         return results
 
-    @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """float32 [len - 1] per sequence: log-probs at temperature 1 of tokens 1.. given their prefixes."""
-        scores = []
-        for sequence in sequences:
-            ids = torch.tensor([list(sequence)], device=self.device)
-            with self._precision():
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
-            log_probs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, 1:, None])
-            scores.append(log_probs[:, 0].cpu().numpy())
-        return scores
+        with self._precision():
+            return score_sequences(self.model, sequences)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """The trainer's own precision, for forward passes outside of training_step."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.training.log_probs import LogProbs, chunked_log_probs
@@ -49,10 +50,13 @@ class Policy(nn.Module):
         self.model = model
         self.chunk = chunk
         _check_plain_head(model)
+        model.eval()  # dropout would make the importance ratio of equal weights differ from 1
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # transformers recomputes only in layers that are in training mode; dropout has modules of its own
+                layer.training = layer.gradient_checkpointing
 
-    def forward(
-        self, inputs: ModelInputs, temperature: float = 1.0, extra_ids: Tensor | None = None
-    ) -> LogProbs:
+    def forward(self, inputs: ModelInputs, temperature: float = 1.0, extra_ids: Tensor | None = None) -> LogProbs:
         """Float32 log-probs and entropy of ``inputs.targets`` (float64 for a float64 model)."""
         decoder = self.model.base_model(
             input_ids=inputs.input_ids,
@@ -94,7 +98,7 @@ def _check_plain_head(model: PreTrainedModel) -> None:
         )
     bare = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     model.train(training)
-    if not torch.allclose(own.float(), bare.float(), rtol=1e-2, atol=1e-2):
+    if not torch.allclose(own.float(), bare.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
         raise UserError(
             f"model.path: {type(model).__name__} transforms its logits after the output embedding (soft-capping or "
             "scaling), which the log-prob head does not reproduce; choose a model with a plain head"

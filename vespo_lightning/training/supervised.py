@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import lightning as L
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -14,6 +13,7 @@ from vespo_lightning.tasks.base import Task
 from vespo_lightning.tasks.prompts import render_prompt
 from vespo_lightning.training.optimizers import build_adamw
 from vespo_lightning.training.policy import ModelInputs, Policy
+from vespo_lightning.training.precision import PreciseModule
 
 
 class SolutionLoader:
@@ -38,9 +38,7 @@ class SolutionLoader:
         problem = self.task.train_problem(self.seed, index)
         solution = self.task.solution(problem)
         if solution is None:
-            raise UserError(
-                f"task={self.task.name} writes no worked solutions, so stage=sft cannot train on it"
-            )
+            raise UserError(f"task={self.task.name} writes no worked solutions, so stage=sft cannot train on it")
         ids = self.tokenizer.encode(solution, add_special_tokens=False)
         return render_prompt(self.tokenizer, problem.prompt), [*ids, self.tokenizer.eos_token_id]
 
@@ -64,12 +62,13 @@ class SolutionLoader:
         )
 
 
-class SupervisedModule(L.LightningModule):
+class SupervisedModule(PreciseModule):
     """Minimises the mean negative log-prob of solution tokens (prompt tokens do not count).
 
     Args:
         model: causal LM, trained in place.
-        lr, weight_decay: AdamW, cosine schedule with ``warmup_updates`` over ``updates``.
+        lr, weight_decay: AdamW.
+        schedule: name of a transformers learning-rate schedule over ``updates``, with ``warmup_updates``.
     """
 
     def __init__(
@@ -78,17 +77,16 @@ class SupervisedModule(L.LightningModule):
         *,
         lr: float,
         updates: int,
+        schedule: str = "constant_with_warmup",
         warmup_updates: int = 50,
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__()
         self.policy = Policy(model)
         self.lr, self.weight_decay = lr, weight_decay
-        self.updates, self.warmup_updates = updates, warmup_updates
+        self.schedule, self.updates, self.warmup_updates = schedule, updates, warmup_updates
 
-    def transfer_batch_to_device(
-        self, batch: ModelInputs, device: torch.device, dataloader_idx: int
-    ) -> ModelInputs:
+    def transfer_batch_to_device(self, batch: ModelInputs, device: torch.device, dataloader_idx: int) -> ModelInputs:
         return batch.to(device)
 
     def training_step(self, batch: ModelInputs, batch_idx: int) -> torch.Tensor:
@@ -97,10 +95,8 @@ class SupervisedModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = build_adamw(
-            self.policy, lr=self.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=self.weight_decay
-        )
+        optimizer = build_adamw(self.policy, lr=self.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=self.weight_decay)
         scheduler = get_scheduler(
-            "cosine", optimizer, num_warmup_steps=self.warmup_updates, num_training_steps=self.updates
+            self.schedule, optimizer, num_warmup_steps=self.warmup_updates, num_training_steps=self.updates
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
