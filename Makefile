@@ -26,7 +26,7 @@ TEST := $(VENV)/.installed-test
 help: ## this list
 	@echo "make TARGET; each installs what it needs into $(VENV) first, once"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 12
-	@echo "variables: ENGINE=transformers|vllm  ARGS=\"task.digits=4 seed=2\" (train.py's)  PYTEST_ARGS=...  PYTHON=python3"
+	@echo "variables: ENGINE=transformers|vllm  ARGS=\"task.max_digits=8 seed=2\" (train.py's)  PYTEST_ARGS=...  PYTHON=python3"
 	@echo "           TORCH_INDEX=https://download.pytorch.org/whl/cpu (a small torch where there is no GPU)"
 
 train: $(BASE) $(if $(filter vllm%,$(ENGINE)),$(VLLM)) ## train the tiny MoE; ENGINE=vllm generates with vLLM

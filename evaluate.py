@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
-    from vespo_lightning.config import config_hash, load_resolved, run_entry, save_resolved
+    import vespo_lightning.conf  # noqa: F401  only an install maps this folder into the package
+    from vespo_lightning.config import CONFIG_FILE, config_hash, load_resolved, run_entry, save_resolved
 except ModuleNotFoundError as error:
-    if error.name not in ("vespo_lightning", "hydra", "omegaconf"):
+    if error.name not in ("vespo_lightning", "vespo_lightning.conf", "hydra", "omegaconf"):
         raise
     sys.exit("error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)")
 
@@ -20,6 +22,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from vespo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from vespo_lightning.tasks.base import Problem
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -35,14 +40,16 @@ def main(cfg: DictConfig) -> None:
     save_resolved(cfg, folder)
 
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from vespo_lightning.callbacks.run_files import write_atomically
     from vespo_lightning.diagnostics.evaluation import evaluation_metrics
-    from vespo_lightning.models.loading import load_tokenizer, resolve_model_path
+    from vespo_lightning.models.loading import context_length, load_tokenizer, resolve_model_path
     from vespo_lightning.rollouts.engine import SamplingParams
     from vespo_lightning.rollouts.producer import evaluate_engine
 
     torch.set_num_threads(cfg.threads)
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = checkpoint_of(cfg, run)
         model_path = resolve_model_path(cfg.model.path)
@@ -51,6 +58,7 @@ def main(cfg: DictConfig) -> None:
         tokenizer = load_tokenizer(model_path)
         task, engine = instantiate(cfg.task), instantiate(cfg.engine)
         problems = list(task.held_out())[: cfg.problems]
+        max_new_tokens = response_length(cfg.max_new_tokens, tokenizer, problems, context_length(model_path))
         engine.start(model_path)
         result = evaluate_engine(
             engine,
@@ -58,7 +66,7 @@ def main(cfg: DictConfig) -> None:
             tokenizer,
             problems,
             cfg.samples_per_problem,
-            SamplingParams(cfg.temperature, cfg.max_new_tokens or DEFAULT_MAX_NEW_TOKENS),
+            SamplingParams(cfg.temperature, max_new_tokens),
             cfg.seed,
         )
         engine.close()
@@ -97,17 +105,38 @@ def check(cfg: DictConfig) -> None:
 def run_folder_of(cfg: DictConfig) -> Path | None:
     """The run that ``run`` names or that ``checkpoint`` lies in."""
     if cfg.run is not None:
-        return Path(cfg.run)
-    if cfg.checkpoint is None:
+        run, key = Path(cfg.run), f"run={cfg.run}"
+    elif cfg.checkpoint is not None:
+        if not Path(cfg.checkpoint).is_file():
+            raise UserError(f"checkpoint={cfg.checkpoint}: no such file; give RUN/checkpoints/update-NNNNNN.ckpt")
+        run, key = Path(cfg.checkpoint).resolve().parent.parent, f"checkpoint={cfg.checkpoint}"
+    else:
         return None
-    if not Path(cfg.checkpoint).is_file():
-        raise UserError(f"checkpoint={cfg.checkpoint}: no such file; give RUN/checkpoints/update-NNNNNN.ckpt")
-    return Path(cfg.checkpoint).resolve().parent.parent
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{key}: {run} is no run folder ({CONFIG_FILE} is missing); give the folder that a run printed")
+    if "model" in typed_sections():
+        raise UserError(f"model and {key} both name a policy; give one of them")
+    return run
+
+
+def typed_sections() -> set[str]:
+    """First parts of the keys on the command line."""
+    return {line.split("=")[0].lstrip("+~").split(".")[0] for line in HydraConfig.get().overrides.task}
+
+
+def response_length(typed: int | None, tokenizer: Any, problems: Sequence[Problem], context: int) -> int:
+    """Most tokens of a response: what was typed, if the context has room for it; else a default that fits."""
+    from vespo_lightning.rollouts.prompt_lengths import check_response_length, room_for_responses
+
+    if typed is None:
+        return min(DEFAULT_MAX_NEW_TOKENS, room_for_responses(tokenizer, problems, context))
+    check_response_length("max_new_tokens", typed, tokenizer, problems, context)
+    return typed
 
 
 def take_from_run(cfg: DictConfig, trained: DictConfig) -> None:
     """What was not typed comes from the run: the model it started from, its task, its response length, its seed."""
-    typed = {line.split("=")[0].lstrip("+").split(".")[0] for line in HydraConfig.get().overrides.task}
+    typed = typed_sections()
     if "task" not in typed:
         cfg.task = trained.task
     cfg.model = trained.model

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
+    import vespo_lightning.conf  # noqa: F401  only an install maps this folder into the package
     from vespo_lightning.config import config_hash, resolved, run_entry, save_resolved
 except ModuleNotFoundError as error:
-    if error.name not in ("vespo_lightning", "hydra", "omegaconf"):
+    if error.name not in ("vespo_lightning", "vespo_lightning.conf", "hydra", "omegaconf"):
         raise
     sys.exit("error: vespo_lightning is not installed; type: make train, or: pip install -e . (see README.md)")
 
@@ -17,7 +18,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from vespo_lightning.config_check import one_line
 from vespo_lightning.config_rules import check_run
+from vespo_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+#: Training prompts whose length is checked before the engine starts; later ones are checked as they come.
+FIRST_PROMPTS = 256
 
 
 def main(cfg: DictConfig) -> None:
@@ -30,6 +39,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     torch.set_num_threads(cfg.threads)
+    quiet()
     if cfg.stage == "sft":
         supervised(cfg, folder)
     else:
@@ -38,7 +48,6 @@ def main(cfg: DictConfig) -> None:
 
 def reinforce(cfg: DictConfig, folder: Path) -> None:
     """The main job: rollouts, updates, evaluation, export."""
-    import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vespo_lightning.callbacks.event_files import cut_event_files
@@ -49,12 +58,18 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     from vespo_lightning.models.loading import context_length, load_model, load_tokenizer, resolve_model_path
     from vespo_lightning.rollouts.loader import RolloutLoader
     from vespo_lightning.rollouts.producer import RolloutProducer
+    from vespo_lightning.rollouts.prompt_lengths import check_response_length
     from vespo_lightning.training.module import PolicyModule
 
     model_path = resolve_model_path(cfg.model.path)
     tokenizer = load_tokenizer(model_path)
     task, engine, objective, advantage, staleness = (
         instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")
+    )
+    context = context_length(model_path)
+    first = [task.train_problem(cfg.seed, place) for place in range(FIRST_PROMPTS)]
+    check_response_length(
+        "rollout.max_new_tokens", cfg.rollout.max_new_tokens, tokenizer, [*task.held_out(), *first], context
     )
     dtype = "bfloat16" if cfg.trainer.precision == "bf16-true" else "float32"
     model = load_model(model_path, dtype, cfg.model.experts, cfg.model.gradient_checkpointing)
@@ -63,7 +78,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         tokenizer,
         engine,
         str(folder / "rollouts"),
-        context=context_length(model),
+        context=context,
         seed=cfg.seed,
         recompute=cfg.denominator == "recomputed",
         **cfg.rollout,
@@ -89,8 +104,8 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         cut_event_files(folder / "tensorboard", update)
         metrics.truncate(update)
     summary = RunSummary(config_hash(cfg))
-    trainer = L.Trainer(
-        **cfg.trainer,
+    trainer = build_trainer(
+        cfg.trainer,
         max_epochs=1,
         callbacks=callbacks(cfg, folder, producer, staleness, model_path, summary),
         logger=[
@@ -132,6 +147,34 @@ def callbacks(cfg: DictConfig, folder: Path, producer: Any, staleness: Any, mode
     ]
 
 
+def build_trainer(settings: DictConfig, **options: Any) -> Trainer:
+    """Lightning's trainer; what Lightning says against the user's settings comes as one sentence."""
+    import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return L.Trainer(**settings, **options)
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        typed = ", ".join(f"trainer.{name}={value}" for name, value in settings.items())
+        raise UserError(f"Lightning refuses one of {typed} ({one_line(error)}); change it or leave it out") from error
+
+
+def quiet() -> None:
+    """Warnings of libraries that tell the user of a run nothing."""
+    import logging
+    import warnings
+
+    import lightning.pytorch  # noqa: F401  its import sets the level that is set below
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for module in ("lightning.pytorch.utilities._pytree", "torch.utils._pytree"):
+        warnings.filterwarnings("ignore", module=module)
+    for message in ("does not have many workers", "in eval mode at the start of training"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+
+
 def updates_done(checkpoint: Path) -> int:
     """Number of updates that a checkpoint comes after, from its name."""
     return int(checkpoint.stem.removeprefix("update-"))
@@ -139,18 +182,16 @@ def updates_done(checkpoint: Path) -> int:
 
 def supervised(cfg: DictConfig, folder: Path) -> None:
     """``stage=sft``: a warm start on the task's own worked solutions, exported as an HF folder."""
-    import lightning as L
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vespo_lightning.models.export import export_hf
     from vespo_lightning.models.loading import load_model, load_tokenizer
-    from vespo_lightning.models.tiny_moe import character_tokenizer, tiny_qwen3_moe
-    from vespo_lightning.tasks.addition import ALPHABET
+    from vespo_lightning.models.tiny_moe import byte_tokenizer, tiny_qwen3_moe
     from vespo_lightning.training.supervised import SolutionLoader, SupervisedModule
 
     task = instantiate(cfg.task)
     if cfg.sft.init == "tiny_moe":
-        tokenizer = character_tokenizer(ALPHABET)
+        tokenizer = byte_tokenizer()
         model = tiny_qwen3_moe(tokenizer, seed=cfg.seed)
     else:
         tokenizer, model = load_tokenizer(cfg.model.path), load_model(cfg.model.path)
@@ -163,8 +204,8 @@ def supervised(cfg: DictConfig, folder: Path) -> None:
         weight_decay=cfg.sft.weight_decay,
     )
     loader = SolutionLoader(task, tokenizer, updates=cfg.sft.updates, batch_size=cfg.sft.batch_size, seed=cfg.seed)
-    trainer = L.Trainer(
-        **cfg.trainer,
+    trainer = build_trainer(
+        cfg.trainer,
         max_epochs=1,
         gradient_clip_val=1.0,
         logger=TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False),

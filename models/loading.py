@@ -7,10 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -109,24 +111,40 @@ def load_model(
             f"model.path={path} lacks {len(names)} weights of {type(model).__name__} ({names[0]}, ...); "
             "give the folder that the model was saved in"
         )
+    _without_dropout(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
+def _without_dropout(model: PreTrainedModel) -> None:
+    """Training mode, which gradient checkpointing wants, without noise: an importance ratio compares two policies."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+
+
 def is_moe_config(path: str) -> bool:
     """Whether the configuration at ``path`` (resolved) names a number of experts."""
-    try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={path}: the configuration does not load ({_first_line(error)})") from error
+    config = _text_config(path)
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Longest sequence, prompt and response, that the model's configuration allows."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1)
+def context_length(model: PreTrainedModel | str) -> int:
+    """Longest sequence, prompt and response, that the configuration of a model or at a (resolved) path allows."""
+    config = _text_config(model) if isinstance(model, str) else model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
+
+
+def _text_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={path}: the configuration does not load ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

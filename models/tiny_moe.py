@@ -1,18 +1,19 @@
-"""A Mixture-of-Experts model small enough for two CPU cores, with a character tokenizer. Untrained: see stage=sft."""
+"""A Mixture-of-Experts model small enough for two CPU cores, with a byte tokenizer. Untrained: see stage=sft."""
 
 from __future__ import annotations
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
-def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token per character of ``alphabet``, behind ``<pad>`` (0) and ``<eos>`` (1)."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte of UTF-8, so that any text can be posed, behind ``<pad>`` (0) and ``<eos>`` (1)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -24,7 +25,7 @@ def tiny_qwen3_moe(
     experts: int = 8,
     experts_per_token: int = 2,
     expert_size: int = 64,
-    context: int = 256,
+    context: int = 2048,
     seed: int = 0,
 ) -> Qwen3MoeForCausalLM:
     """Random Qwen3-MoE over the tokenizer's vocabulary, float32.

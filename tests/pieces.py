@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from vespo_lightning.models.tiny_moe import character_tokenizer, tiny_qwen3_moe
+from vespo_lightning.models.tiny_moe import byte_tokenizer, tiny_qwen3_moe
 from vespo_lightning.rollouts.sample import MiniBatch, Sample
-from vespo_lightning.tasks.addition import ALPHABET
 
 #: Prompt and response lengths of six samples in three groups, one of them a single token.
 LENGTHS = [(3, 7), (3, 2), (6, 1), (6, 12), (2, 5), (2, 9)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    return character_tokenizer(ALPHABET)
+    return byte_tokenizer()
 
 
 def tiny_policy(seed: int = 0, experts: str = "grouped_mm", **sizes: Any) -> PreTrainedModel:

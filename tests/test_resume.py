@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from run_entry_point import Sabotage, run_entry_point
 
 from vespo_lightning.callbacks.event_files import read_scalars
 
@@ -35,32 +32,9 @@ SMALL_RUN = [
 ]
 KILLED = -signal.SIGKILL
 
-Sabotage = Callable[[], None]
 
-
-def run_train(repository: Path, argv: list[str], sabotage: Sabotage | None = None, kill_after: float = 0.0) -> int:
-    """``python train.py ARGV`` in a forked child, so that imports are paid for once; returns its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(repository, argv, sabotage))
-    child.start()
-    child.join(kill_after or None)
-    if child.is_alive():
-        child.kill()
-        child.join()
-    assert child.exitcode is not None
-    return child.exitcode
-
-
-def _child(repository: Path, argv: list[str], sabotage: Sabotage | None) -> None:
-    sys.argv = ["train.py", *argv]
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    if sabotage is not None:
-        sabotage()
-    spec = importlib.util.spec_from_file_location("train", repository / "train.py")
-    assert spec is not None and spec.loader is not None
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
-    train.run_entry(train.main, config_name="train")
+def run_train(folder: Path, argv: list[str], sabotage: Sabotage | None = None, kill_after: float = 0.0) -> int:
+    return run_entry_point("train.py", argv, folder.parent, sabotage, kill_after).code
 
 
 def die() -> None:
@@ -140,9 +114,9 @@ def assert_same_tensors(found: object, expected: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert run_train(repository, [*SMALL_RUN, f"hydra.run.dir={folder}"]) == 0
+    assert run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"]) == 0
     return outcome(folder)
 
 
@@ -168,26 +142,22 @@ def kill_points() -> dict[str, Sabotage]:
 
 
 @pytest.mark.parametrize("moment", list(kill_points()))
-def test_killed_at_a_named_point(
-    moment: str, repository: Path, tmp_path: Path, uninterrupted: dict[str, object]
-) -> None:
+def test_killed_at_a_named_point(moment: str, tmp_path: Path, uninterrupted: dict[str, object]) -> None:
     folder = tmp_path / "run"
-    assert run_train(repository, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_points()[moment]) == KILLED
-    assert run_train(repository, [f"resume={folder}"]) == 0
+    assert run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_points()[moment]) == KILLED
+    assert run_train(folder, [f"resume={folder}"]) == 0
     assert_same(outcome(folder), uninterrupted)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
-def test_killed_again_and_again_at_random_moments(
-    seed: int, repository: Path, tmp_path: Path, uninterrupted: dict[str, object]
-) -> None:
+def test_killed_again_and_again_at_random_moments(seed: int, tmp_path: Path, uninterrupted: dict[str, object]) -> None:
     folder, draw = tmp_path / "run", random.Random(seed)
-    code = run_train(repository, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_after=draw.uniform(1.0, 4.0))
+    code = run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_after=draw.uniform(1.0, 4.0))
     kills = 0
     while code == KILLED:
         kills += 1
         resumable = (folder / "config.yaml").exists()
         argv = [f"resume={folder}"] if resumable else [*SMALL_RUN, f"hydra.run.dir={folder}"]
-        code = run_train(repository, argv, kill_after=draw.uniform(1.0, 4.0) if kills < 6 else 0.0)
+        code = run_train(folder, argv, kill_after=draw.uniform(1.0, 4.0) if kills < 6 else 0.0)
     assert code == 0 and kills > 0
     assert_same(outcome(folder), uninterrupted)

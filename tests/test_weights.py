@@ -94,7 +94,10 @@ def test_loading_is_in_place_and_follows_the_source():
 def test_other_precision_and_transposed_memory():
     """A bfloat16 copy takes float32 weights rounded; sources need not be contiguous."""
     source, target = family_model("mixtral"), scrambled(family_model("mixtral").bfloat16())
-    strided = ((name, tensor.t().contiguous().t() if tensor.ndim == 2 else tensor) for name, tensor in checkpoint_tensors(source))
+    strided = (
+        (name, tensor.t().contiguous().t() if tensor.ndim == 2 else tensor)
+        for name, tensor in checkpoint_tensors(source)
+    )
     InPlaceLoader(target).load(strided)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor.bfloat16()), name

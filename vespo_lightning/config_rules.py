@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vespo_lightning.errors import UserError
@@ -16,22 +17,42 @@ def check_run(cfg: Any) -> None:
     Args:
         cfg: the composed configuration of ``train.py``.
     """
-    for rule in (_positive, _one_of, _groups, _trainer, _optimizer):
+    for rule in (_numbers, _one_of, _groups, _trainer, _optimizer, _stage):
         for sentence in rule(cfg):
             raise UserError(sentence)
 
 
-def _positive(cfg: Any) -> Iterator[str]:
-    for key in ("updates", "mini_batch_size", "threads", "rollout.group_size", "rollout.max_new_tokens",
-                "rollout.chunk_groups", "batching.token_budget", "batching.head_chunk",
-                "optim.max_skipped_streak"):  # fmt: skip
+#: Whole numbers and the least that each may be.
+_WHOLE = {
+    **dict.fromkeys(("updates", "mini_batch_size", "threads", "optim.max_skipped_streak"), 1),
+    **{f"rollout.{name}": 1 for name in ("group_size", "max_new_tokens", "chunk_groups")},
+    **{f"batching.{name}": 1 for name in ("token_budget", "head_chunk")},
+    **{f"sft.{name}": 1 for name in ("updates", "batch_size")},
+    **dict.fromkeys(("seed", "optim.warmup_updates", "sft.warmup_updates"), 0),
+}
+_ABOVE_ZERO = ("optim.lr", "optim.eps", "rollout.temperature", "sft.lr")
+_NOT_NEGATIVE = ("optim.weight_decay", "sft.weight_decay")
+_ANY_NUMBER = ("entropy_coefficient", "rollout.truncated_reward")
+_SWITCHES = ("rollout.shuffle_rewards", "model.gradient_checkpointing")
+
+
+def _numbers(cfg: Any) -> Iterator[str]:
+    for key, least in _WHOLE.items():
         value = _get(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            yield f"{key}={value} must be a whole number of at least 1"
-    for key in ("optim.lr", "rollout.temperature"):
-        value = _get(cfg, key)
-        if not isinstance(value, int | float) or not value > 0:
-            yield f"{key}={value} must be a number above 0"
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            yield f"{key}={value} must be a whole number of at least {least}"
+    for keys, fits, wanted in (
+        (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "a number of at least 0"),
+        (_ANY_NUMBER, math.isfinite, "a number"),
+    ):
+        for key in keys:
+            value = _get(cfg, key)
+            if not _is_number(value) or not fits(value):
+                yield f"{key}={value} must be {wanted}"
+    for key in _SWITCHES:
+        if not isinstance(_get(cfg, key), bool):
+            yield f"{key}={_get(cfg, key)} must be true or false"
 
 
 def _one_of(cfg: Any) -> Iterator[str]:
@@ -42,6 +63,7 @@ def _one_of(cfg: Any) -> Iterator[str]:
         "rollout.truncated": ("keep", "mask", "penalise"),
         "batching.layout": ("padded", "packed"),
         "optim.schedule": ("constant", "constant_with_warmup", "linear", "cosine"),
+        "sft.schedule": ("constant", "constant_with_warmup", "linear", "cosine"),
         "sft.init": ("tiny_moe", "model"),
         "trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "64-true"),
     }
@@ -68,15 +90,34 @@ def _trainer(cfg: Any) -> Iterator[str]:
         )
 
 
+    if cfg.trainer.precision in ("bf16-mixed", "bf16-true") and cfg.engine.dtype != "bfloat16":
+        yield (
+            f"trainer.precision={cfg.trainer.precision} computes in bfloat16, which an engine of engine.dtype="
+            f"{cfg.engine.dtype} would not agree with; set engine.dtype=bfloat16"
+        )
+
+
 def _optimizer(cfg: Any) -> Iterator[str]:
+    betas = cfg.optim.betas
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+        yield f"optim.betas={betas} must be two numbers from 0 to below 1, such as [0.9,0.999]"
     clip = cfg.optim.max_grad_norm
-    if clip is not None and not clip > 0:
-        yield f"optim.max_grad_norm={clip} must be above 0, or null for no clipping"
+    if clip is not None and not (_is_number(clip) and clip > 0):
+        yield f"optim.max_grad_norm={clip} must be a number above 0, or null for no clipping"
     if cfg.rollout.truncated != "penalise" and cfg.rollout.truncated_reward != 0:
         yield (
             f"rollout.truncated_reward={cfg.rollout.truncated_reward} has no effect with rollout.truncated="
             f"{cfg.rollout.truncated}; set rollout.truncated=penalise"
         )
+
+
+def _stage(cfg: Any) -> Iterator[str]:
+    if cfg.stage == "sft" and cfg.resume:
+        yield f"resume={cfg.resume} is a run with stage=sft, which keeps no checkpoints; start it again without resume"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _get(cfg: Any, key: str) -> Any:

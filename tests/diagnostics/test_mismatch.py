@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vespo_lightning.diagnostics.mismatch import mismatch_statistics
+from vespo_lightning.diagnostics.mismatch import EqualRouting, mismatch_statistics
 from vespo_lightning.objectives.base import TokenBatch
 
 LENGTHS = [2, 5, 3, 7]
@@ -96,3 +96,31 @@ def test_equal_log_probs_give_exact_zeros():
     result = mismatch_statistics(dataclasses.replace(batch, log_prob=batch.behaviour_log_prob))
     assert set(result.values()) == {0.0}
     assert len(result) == 7
+
+
+def test_equal_routing_leaves_out_a_sequence_from_its_first_flip():
+    # two sequences of 4 and 3 tokens, 2 layers, 2 experts; order inside a set does not matter
+    now = torch.tensor([[[0, 1], [2, 3]]] * 7)
+    then = torch.tensor([[[1, 0], [3, 2]]] * 7)
+    then[2, 1] = torch.tensor([2, 5])  # a flip at token 2 of the first sequence
+    then[5, 0] = torch.tensor([-1, -1])  # unknown is not a flip
+    behaviour = torch.zeros(7)
+    batch = TokenBatch(
+        log_prob=torch.tensor([0.001, 0.002, 0.9, 0.8, 0.003, 0.004, 0.0]),
+        behaviour_log_prob=behaviour,
+        sequence_index=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
+        loss_mask=torch.tensor([True] * 6 + [False]),
+        advantage=torch.zeros(2),
+        group=torch.zeros(2, dtype=torch.int64),
+        version_made=torch.full((7,), 3),
+        policy_version=3,
+    )
+    measured = EqualRouting()
+    measured.update(batch, now, then)
+    assert measured.metrics() == {
+        "mismatch/flipped_tokens": 1.0,
+        "mismatch/equal_routing_diff_max": pytest.approx(0.004),
+    }
+    older = EqualRouting()
+    older.update(dataclasses.replace(batch, policy_version=4), now, then)
+    assert older.metrics() == {}

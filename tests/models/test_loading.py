@@ -20,8 +20,8 @@ from vespo_lightning.models.loading import (
     load_tokenizer,
     resolve_model_path,
 )
-from vespo_lightning.models.tiny_moe import character_tokenizer, tiny_qwen3_moe
-from vespo_lightning.tasks.addition import ALPHABET, AdditionTask
+from vespo_lightning.models.tiny_moe import byte_tokenizer, tiny_qwen3_moe
+from vespo_lightning.tasks.addition import AdditionTask
 from vespo_lightning.weights import parameter_count
 
 
@@ -199,8 +199,8 @@ def test_a_second_export_replaces_the_first_whole(tmp_path):
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
 
 
-def test_the_character_tokenizer_keeps_every_character():
-    tok = character_tokenizer(ALPHABET)
+def test_the_byte_tokenizer_keeps_every_text():
+    tok = byte_tokenizer()
     problem = AdditionTask(distractors=2).held_out()[0]
     text = f"{problem.prompt}{AdditionTask().solution(AdditionTask().held_out()[0])}"
     ids = tok.encode(text, add_special_tokens=False)

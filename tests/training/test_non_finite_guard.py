@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import lightning as L
@@ -95,7 +96,7 @@ def test_the_update_is_left_out(how):
     def same(a, b):
         return all(torch.equal(a[name], b[name]) for name in a)
 
-    assert [same(a, b) for a, b in zip(states, states[1:], strict=False)] == [False, True, True, False]
+    assert [same(a, b) for a, b in itertools.pairwise(states)] == [False, True, True, False]
     assert all(tensor.isfinite().all() for tensor in states[-1].values())
     assert module.skipped_updates == 2 and module.skipped_streak == 0
 
@@ -128,6 +129,20 @@ def test_callbacks_bear_a_policy_of_nan(objective):
     assert [row["skipped"] for row in watch.rows] == [True, True]
     assert np.isnan(watch.rows[1]["row"]["train/loss"])
     assert watch.rows[1]["row"]["staleness/lag_mean"] == 0
+
+
+def test_a_mini_batch_of_masked_samples():
+    """Every response truncated under ``rollout.truncated=mask``: nothing to learn, nothing to stop for."""
+    batch = make_mini_batch(make_samples(tiny_policy()), in_loss=[False] * 6)
+    model = tiny_policy()
+    start = copy.deepcopy(model.state_dict())
+    watch = Watch()
+    module = PolicyModule(model, Vespo(), lr=1e-3, entropy_coefficient=0.1)
+    fit(module, [batch], [StalenessScheduler(2), EngineMismatch(), WeightVariance(), RouterMonitor(), watch])
+    row = watch.rows[0]["row"]
+    assert not watch.rows[0]["skipped"] and row["train/loss"] == row["train/grad_norm"] == 0
+    assert all(torch.equal(start[name], tensor) for name, tensor in model.state_dict().items())
+    assert [name for name, value in row.items() if not np.isfinite(value)] == []
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

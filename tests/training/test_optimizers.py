@@ -88,7 +88,7 @@ def test_state_round_trip_continues_bit_for_bit():
         assert torch.equal(a, b)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(saved["optimizer"]["masters"][0], masters[0])  # a saved state does not move with training
+    assert torch.equal(saved["optimizer"]["masters"][0], masters[0])  # what was loaded does not move with training
 
 
 def test_zero_grad_clears_the_parameters():

@@ -26,6 +26,16 @@ def test_leaks_are_found(family, separate, dtype):
     assert packed_rows_are_separate(Policy(family_model(family).to(dtype))) is separate
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rounding_is_no_leak(seed, autocast):
+    """In bfloat16 a tie between two experts may fall the other way in a packed row."""
+    model = tiny_policy(seed)
+    policy = Policy(model if autocast else model.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert packed_rows_are_separate(policy)
+
+
 def packed_fit(model, layout="packed") -> tuple[PolicyModule, list[str]]:
     module = PolicyModule(model, Vespo(), lr=0.0, max_grad_norm=None, layout=layout)
     with warnings.catch_warnings(record=True) as caught:

@@ -36,6 +36,7 @@ def test_a_few_updates(precision, layout):
     """Positive advantages make their samples likelier, in every precision."""
     before, after = train(precision, 1, 1e-3), train(precision, 8, 1e-3, layout=layout, entropy_coefficient=0.01)
     assert {p.dtype for p in after.model.parameters()} == {DTYPES[precision]}
+    assert after.layout == layout
     for module in (before, after):
         tokens = module.last_update.tokens
         assert tokens.log_prob.dtype == torch.float32

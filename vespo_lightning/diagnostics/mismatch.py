@@ -50,6 +50,53 @@ def mismatch_statistics(batch: TokenBatch) -> dict[str, float]:
     return result
 
 
+class EqualRouting:
+    """Largest |d| over tokens whose whole response so far was routed alike by engine and trainer.
+
+    A token that one side sends to another expert changes every later token of its sequence through attention, so the
+    rest of a sequence is left out from its first flip on. What remains is arithmetic alone: in float32 about 1e-6.
+    Sums add up over micro-batches.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.flipped = 0
+        self.largest = 0.0
+
+    def update(self, batch: TokenBatch, now: Tensor, then: Tensor) -> None:
+        """Add one micro-batch: experts [T, L, K] of the trainer's pass, and of the engine's (-1 where unknown)."""
+        compared = batch.loss_mask & (batch.version_made == batch.policy_version)
+        if not compared.any():
+            return
+        known = (then >= 0).all(dim=-1)
+        differs = (now.sort(dim=-1).values != then.sort(dim=-1).values).any(dim=-1)
+        flips = (known & differs).any(dim=-1)  # [T]
+        equal = compared & (_running_count(flips, batch.sequence_index) == 0)
+        self.tokens += int(compared.sum())
+        self.flipped += int((flips & compared).sum())
+        if equal.any():
+            difference = (batch.log_prob - batch.behaviour_log_prob)[equal].abs()
+            self.largest = max(self.largest, float(difference.max()))
+
+    def metrics(self) -> dict[str, float]:
+        """``mismatch/...``; {} where nothing was compared."""
+        if not self.tokens:
+            return {}
+        return {
+            "mismatch/flipped_tokens": float(self.flipped),
+            "mismatch/equal_routing_diff_max": self.largest,
+        }
+
+
+def _running_count(flags: Tensor, sequence_index: Tensor) -> Tensor:
+    """int64 [T]: flags raised so far in the same sequence, the present token included."""
+    total = flags.long().cumsum(0)
+    starts = torch.ones_like(flags)
+    starts[1:] = sequence_index[1:] != sequence_index[:-1]
+    before = (total - flags.long())[starts]  # raised before each sequence begins
+    return total - before[starts.long().cumsum(0) - 1]
+
+
 def _perplexity(log_prob: Tensor) -> float:
     """``exp(-mean log p)`` over tokens [n]."""
     return (-log_prob.double().mean()).exp().item()

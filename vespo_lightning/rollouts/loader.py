@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.advantages import Advantage
 from vespo_lightning.rollouts.producer import Rollout, RolloutProducer
 from vespo_lightning.rollouts.sample import MiniBatch
@@ -32,6 +33,9 @@ class RolloutLoader:
         advantage: rewards of a mini-batch to advantages.
         updates: length of the whole run.
         mini_batch_size: samples per update, a multiple of the producer's group size.
+
+    Raises:
+        UserError: ``mini_batch_size`` does not hold whole groups.
     """
 
     def __init__(
@@ -43,6 +47,11 @@ class RolloutLoader:
         updates: int,
         mini_batch_size: int = 64,
     ) -> None:
+        if mini_batch_size < 1 or mini_batch_size % producer.group_size:
+            raise UserError(
+                f"mini_batch_size={mini_batch_size} is not a multiple of rollout.group_size={producer.group_size}; "
+                "a mini-batch holds whole groups"
+            )
         self.producer, self.sizes, self.advantage = producer, sizes, advantage
         self.updates = updates
         self.groups_per_mini_batch = mini_batch_size // producer.group_size

@@ -138,7 +138,7 @@ class RolloutProducer:
         """One group of responses for each (place in the stream of prompts, problem)."""
         metrics = self.sync()
         made = self._gather(rollout, self._identity(prompts), metrics, prompts)
-        self._count_errors(made.samples)
+        self.reward_errors += sum(sample.reward_error is not None for sample in made.samples)
         return made
 
     def reload(self, rollout: int, identity: dict[str, Any]) -> Rollout:
@@ -180,6 +180,8 @@ class RolloutProducer:
                         "on exactly; put the folder back, or start a new run from the export of this one"
                     )
                 found = self._make_chunk(rollout, start, prompts[start : start + self.chunk_groups])
+                # before it is written, so that a resumed run judges these responses again
+                self._check_errors([*samples, *found[0]])
                 self.store.write(rollout, chunk, found[0], identity, found[1])
             samples += found[0]
             for name, value in found[1].items():
@@ -245,15 +247,15 @@ class RolloutProducer:
             for sample, reward in zip(samples, rewards, strict=True):
                 sample.reward = reward
 
-    def _count_errors(self, samples: Sequence[Sample]) -> None:
+    def _check_errors(self, samples: Sequence[Sample]) -> None:
+        """Raises UserError when the samples of a rollout bring the run above its limit of reward errors."""
         failed = [sample for sample in samples if sample.reward_error is not None]
-        self.reward_errors += len(failed)
+        errors = self.reward_errors + len(failed)
         limit = getattr(self.task, "max_reward_errors", None)
-        if limit is not None and self.reward_errors > limit:
+        if limit is not None and failed and errors > limit:
             raise UserError(
-                f"task.max_reward_errors={limit} is exceeded: {self.reward_errors} responses could not be judged, "
-                f"the last one of prompt {failed[-1].prompt_id}: {failed[-1].reward_error}; mend the reward or raise "
-                "the limit, then resume"
+                f"task.max_reward_errors={limit} is exceeded: {errors} responses could not be judged, the last one "
+                f"of prompt {failed[-1].prompt_id}: {failed[-1].reward_error}; mend the reward, then resume"
             )
 
     def _prompt_ids(self, problem: Problem) -> list[int]:

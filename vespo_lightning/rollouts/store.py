@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,13 @@ class RolloutStore:
             "metrics": json.dumps(metrics),
             "samples": json.dumps(facts),
         }
+        header["checksum"] = _checksum(arrays, header)
         partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(arrays, partial, metadata=header)
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())  # checkpoints that name this chunk are on the disk too
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -87,17 +91,19 @@ class RolloutStore:
             ) from error
 
     def read(self, rollout: int, chunk: int, identity: dict[str, Any]) -> tuple[list[Sample], dict[str, float]] | None:
-        """The chunk's samples and metrics, or None where there is none of this identity."""
+        """The chunk's samples and metrics, or None where there is no undamaged one of this identity."""
         path = self._path(rollout, chunk)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="numpy") as file:
-                header = file.metadata()
-                if json.loads(header["identity"]) != json.loads(json.dumps(identity)):
-                    return None
+                header = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError:
+            return None
+        if header.pop("checksum", None) != _checksum(arrays, header):
+            return None
+        if json.loads(header["identity"]) != json.loads(json.dumps(identity)):
             return None
         facts = json.loads(header["samples"])
         columns: dict[str, list[Any]] = {name: [None] * len(facts) for name in _ARRAYS}
@@ -121,3 +127,13 @@ class RolloutStore:
 
     def _path(self, rollout: int, chunk: int) -> Path:
         return self.folder / f"rollout-{rollout:06d}" / f"chunk-{chunk:03d}.safetensors"
+
+
+def _checksum(arrays: dict[str, np.ndarray], header: dict[str, str]) -> str:
+    """CRC-32 of everything in a chunk."""
+    crc = 0
+    for name, text in sorted(header.items()):
+        crc = zlib.crc32(f"{name}={text}".encode(), crc)
+    for name, array in sorted(arrays.items()):
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 
@@ -63,7 +64,13 @@ class TransformersEngine(RolloutEngine):
         return self._tap is not None
 
     def start(self, model_path: str) -> None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"model.path={model_path} does not load in the embedded engine ({reason})") from error
+        if self.dtype == torch.float64:
+            model.set_experts_implementation("eager")  # grouped_mm has no float64
         self._model = model.to(self.device).eval().requires_grad_(False)
         self._loader = InPlaceLoader(self.model)
         self._tap = RouterTap.attach(self.model) if self.record_routing else None
@@ -106,7 +113,7 @@ class TransformersEngine(RolloutEngine):
             last, position_ids = state.last_token(), position_ids[:, -1:] + 1
             if alive.float().mean() < COMPACT_BELOW:
                 keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # which linear attention has too, unlike batch_select_indices
                 mask, position_ids, last = mask[keep], position_ids[keep], last[keep]
                 state.compact(keep)
             input_ids = last.unsqueeze(1)

@@ -131,7 +131,9 @@ class PolicyModule(PreciseModule):
         """Packed rows only where the model keeps their sequences apart."""
         experts = getattr(self.model.config, "_experts_implementation", None)
         if self.is_moe and self.dtype == torch.float64 and experts != "eager":
-            raise UserError(f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=eager")
+            raise UserError(
+                f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=eager"
+            )
         if self.layout != "packed":
             return
         with self._precision():
@@ -251,6 +253,9 @@ class PolicyModule(PreciseModule):
 
     def _record_update(self, result: UpdateResult) -> None:
         rewards = result.mini_batch.rewards
+        entropy = result.entropy[result.tokens.loss_mask]
+        if len(entropy):
+            self.record({"train/entropy": float(entropy.mean())})
         self.record(
             {
                 "reward/mean": float(rewards.mean()),
@@ -258,7 +263,6 @@ class PolicyModule(PreciseModule):
                 "train/loss": result.loss,
                 "train/grad_norm": result.grad_norm,
                 "train/learning_rate": result.learning_rate,
-                "train/entropy": float(result.entropy.mean()),
                 "train/skipped_updates": float(self.skipped_updates),
                 "train/policy_version": float(self.policy_version),
                 **self.objective.statistics(result.tokens),

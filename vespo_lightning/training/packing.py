@@ -11,8 +11,8 @@ from vespo_lightning.training.micro_batches import Layout, collate
 from vespo_lightning.training.policy import Policy
 
 _LENGTHS = ((3, 5), (5, 4), (2, 9))
-#: Mean difference of log-probs, in nats, that is no leak in any precision.
-_FLOOR = 1e-4
+#: Difference of log-probs, relative to their spread, that is no leak in any precision.
+_FLOOR = 1e-3
 #: Leaks are orders of magnitude above rounding, which padding shows too.
 _MARGIN = 10.0
 
@@ -22,8 +22,9 @@ def packed_rows_are_separate(policy: Policy) -> bool:
     """Whether sequences of one packed row do not see each other.
 
     Three short sequences, one forward pass each, give the log-probs that packed rows must give as well. How far
-    rounding alone may move them is read off padded rows. Some families leak: their attention masks do not follow
-    the position ids, or their linear attention carries its state on.
+    rounding alone may move them is read off padded rows. Medians over the tokens, because in low precision a
+    rounded-off tie between two experts moves single tokens far. Some families leak: their attention masks do not
+    follow the position ids, or their linear attention carries its state on.
     """
     samples = _random_samples(policy.model.config.get_text_config().vocab_size)
     device = next(policy.parameters()).device
@@ -32,9 +33,9 @@ def packed_rows_are_separate(policy: Policy) -> bool:
         return policy(collate(chosen, layout).to(device)).log_prob
 
     separate = torch.cat([log_probs([sample], "padded") for sample in samples])
-    rounding = (log_probs(samples, "padded") - separate).abs().mean()
-    packed = (log_probs(samples, "packed") - separate).abs().mean()
-    return bool(packed <= _MARGIN * rounding + _FLOOR)
+    rounding = (log_probs(samples, "padded") - separate).abs().median()
+    packed = (log_probs(samples, "packed") - separate).abs().median()
+    return bool(packed <= _MARGIN * rounding + _FLOOR * separate.std())
 
 
 def _random_samples(vocab_size: int) -> list[Sample]:

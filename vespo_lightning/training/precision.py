@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import lightning as L
@@ -16,6 +17,8 @@ class PreciseModule(L.LightningModule):
     """
 
     def setup(self, stage: str) -> None:
+        # on purpose: the policy has no dropout in training either
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
