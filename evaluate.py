@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vespo_lightning.errors import UserError
 
@@ -74,7 +74,7 @@ def main(cfg: DictConfig) -> None:
     metrics = evaluation_metrics(result)
     report: dict[str, Any] = {
         "evaluated": str(checkpoint or cfg.model.path),
-        "task": cfg.task._target_.rsplit(".", 1)[-1],
+        "task": task_name(cfg.task),
         "problems": len(problems),
         "samples_per_problem": cfg.samples_per_problem,
         "temperature": cfg.temperature,
@@ -136,14 +136,30 @@ def response_length(typed: int | None, tokenizer: Any, problems: Sequence[Proble
 
 def take_from_run(cfg: DictConfig, trained: DictConfig) -> None:
     """What was not typed comes from the run: the model it started from, its task, its response length, its seed."""
-    typed = typed_sections()
-    if "task" not in typed:
-        cfg.task = trained.task
     cfg.model = trained.model
-    if "seed" not in typed:
+    cfg.task = task_of_run(cfg, trained)
+    if "seed" not in typed_sections():
         cfg.seed = trained.seed
     if cfg.max_new_tokens is None:
         cfg.max_new_tokens = trained.rollout.max_new_tokens
+
+
+def task_of_run(cfg: DictConfig, trained: DictConfig) -> DictConfig:
+    """The run's task with the keys that were typed, unless ``task=NAME`` was."""
+    typed = [line.split("=")[0].lstrip("+") for line in HydraConfig.get().overrides.task]
+    keys = [key for key in typed if key.startswith("task.")]
+    if "task" in typed:
+        return cfg.task
+    if keys and cfg.task._target_ != trained.task._target_:
+        raise UserError(f"{keys[0]} is not for the task of the run ({task_name(trained.task)}); type task=NAME too")
+    task = trained.task
+    for key in keys:
+        task[key.removeprefix("task.")] = OmegaConf.select(cfg, key)
+    return task
+
+
+def task_name(task: DictConfig) -> str:
+    return str(task._target_).rsplit(".", 1)[-1]
 
 
 def checkpoint_of(cfg: DictConfig, run: Path | None) -> Path | None:

@@ -26,10 +26,10 @@ class RolloutGeneration(L.Callback):
         self.producer = producer
         self.model_path = model_path
         self._uniform_rollouts = 0
+        self._calibration: dict[str, float] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Before the loader is touched, and before a checkpoint is restored: the weights are those of the folder."""
-        self.producer.start(self.model_path, module)
+        self.producer.start(self.model_path, module, self._calibration)
         module.evaluator = self.producer.evaluate
         module.held_out_problems = self.producer.task.held_out()
         module.tokenizer = self.producer.tokenizer
@@ -43,8 +43,8 @@ class RolloutGeneration(L.Callback):
         self._uniform_rollouts = self._uniform_rollouts + 1 if uniform else 0
         if self._uniform_rollouts == UNIFORM_ROLLOUTS:
             rank_zero_warn(
-                f"In {UNIFORM_ROLLOUTS} rollouts in a row all responses to a prompt had the same reward "
-                f"(mean {batch.rollout_metrics['reward/rollout_mean']:g}): every advantage is 0 and nothing is learned. "
+                f"In {UNIFORM_ROLLOUTS} rollouts in a row all responses to a prompt had the same reward, "
+                f"{batch.rollout_metrics['reward/rollout_mean']:g} on average: every advantage is 0 and nothing is learned. "
                 "Look at the sampled responses and the verifier, or take an easier or harder task."
             )
 
@@ -52,7 +52,8 @@ class RolloutGeneration(L.Callback):
         self.producer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"uniform_rollouts": self._uniform_rollouts}
+        return {"uniform_rollouts": self._uniform_rollouts, "calibration": dict(self.producer.check.calibration)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._uniform_rollouts = state_dict["uniform_rollouts"]
+        self._calibration = state_dict["calibration"]

@@ -32,8 +32,12 @@ class RunCheckpoint(Checkpoint):
         self.folder = Path(folder)
         self.every = every
         self.keep = keep
-        self.last_path: Path | None = None
         self._rollout_of: dict[str, int] = {}
+
+    @property
+    def last_path(self) -> Path | None:
+        """The last good checkpoint, of this process or of the one that it goes on for."""
+        return newest_checkpoint(self.folder)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loader = trainer.train_dataloader
@@ -61,7 +65,6 @@ class RunCheckpoint(Checkpoint):
             raise UserError(
                 f"checkpoint {path} could not be written ({error}); {previous}: free disk space and resume"
             ) from error
-        self.last_path = path
         self._prune(loader)
 
     def _prune(self, loader: RolloutLoader) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -99,11 +100,12 @@ def load_model(
     path = resolve_model_path(path)
     options = {"experts_implementation": experts} if is_moe_config(path) else {}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if "experts_implementation" in str(error):
             raise UserError(f"model.experts={experts} is unknown; use grouped_mm or eager") from error
         raise UserError(f"model.path={path}: the model does not load ({_first_line(error)})") from error
+    model, found = loaded
     if found["missing_keys"]:
         # transformers draws them at random and goes on
         names = sorted(found["missing_keys"])

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ KILLED = -signal.SIGKILL
 
 
 def run_train(folder: Path, argv: list[str], sabotage: Sabotage | None = None, kill_after: float = 0.0) -> int:
-    return run_entry_point("train.py", argv, folder.parent, sabotage, kill_after).code
+    ended = run_entry_point("train.py", argv, folder.parent, sabotage, kill_after)
+    print(ended.err)  # shown when the test fails
+    return ended.code
 
 
 def die() -> None:
@@ -91,11 +94,11 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
-    for key, value in expected.items():
+    for key, value in found.items():
         if key in ("weights", "optimizer"):
-            assert_same_tensors(found[key], value)
+            assert_same_tensors(value, expected[key])
         else:
-            assert found[key] == value, key
+            assert value == expected[key], key
 
 
 def assert_same_tensors(found: object, expected: object) -> None:
@@ -116,8 +119,9 @@ def assert_same_tensors(found: object, expected: object) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    began = time.perf_counter()
     assert run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"]) == 0
-    return outcome(folder)
+    return {**outcome(folder), "seconds": time.perf_counter() - began}
 
 
 def kill_points() -> dict[str, Sabotage]:
@@ -152,12 +156,12 @@ def test_killed_at_a_named_point(moment: str, tmp_path: Path, uninterrupted: dic
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_killed_again_and_again_at_random_moments(seed: int, tmp_path: Path, uninterrupted: dict[str, object]) -> None:
     folder, draw = tmp_path / "run", random.Random(seed)
-    code = run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_after=draw.uniform(1.0, 4.0))
-    kills = 0
+    whole = float(str(uninterrupted["seconds"]))
+    kills, code = 0, KILLED
     while code == KILLED:
-        kills += 1
         resumable = (folder / "config.yaml").exists()
         argv = [f"resume={folder}"] if resumable else [*SMALL_RUN, f"hydra.run.dir={folder}"]
-        code = run_train(folder, argv, kill_after=draw.uniform(1.0, 4.0) if kills < 6 else 0.0)
+        code = run_train(folder, argv, kill_after=draw.uniform(0.2, 0.8) * whole if kills < 6 else 0.0)
+        kills += code == KILLED
     assert code == 0 and kills > 0
     assert_same(outcome(folder), uninterrupted)

@@ -247,8 +247,8 @@ def test_precisions(precision: str, run: Run, tmp_path: Path) -> None:
 
 
 def test_settings_of_optimisation_reach_it(run: Run, tmp_path: Path) -> None:
-    metrics = short(tmp_path, "optim.schedule=linear", "updates=4", "staleness.n=4", "optim.warmup_updates=2", "aggregation=constant",
-                    "entropy_coefficient=0.01", "optim.max_grad_norm=0.01")  # fmt: skip
+    schedule = ["optim.schedule=linear", "optim.warmup_updates=2", "updates=4", "staleness.n=4"]
+    metrics = short(tmp_path, *schedule, "aggregation=constant", "entropy_coefficient=0.01", "optim.max_grad_norm=0.01")
     assert metrics["train/learning_rate"][1:].tolist() == pytest.approx([0, 1.5e-4, 3e-4, 1.5e-4])
     assert metrics["train/loss"][1] != run.metrics()["train/loss"][1]
 

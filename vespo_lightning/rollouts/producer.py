@@ -103,11 +103,20 @@ class RolloutProducer:
 
     # ---- life of the engine ------------------------------------------------------------------------------------
 
-    def start(self, model_path: str, source: WeightSource) -> None:
-        """Start the engine from the folder that the policy was loaded from, and measure how exactly it serves it."""
+    def start(self, model_path: str, source: WeightSource, calibration: dict[str, float] | None = None) -> None:
+        """Start the engine from the folder that the policy was loaded from.
+
+        Args:
+            source: the policy; without ``calibration`` it holds the weights of that folder, and how exactly the
+                engine serves them is measured.
+            calibration: of the run that goes on, whose policy has moved on from the folder.
+        """
         self._source = source
         self.engine.start(model_path)
-        self.check.calibrate(source.checkpoint_tensors(), source.score(self.check.sequences))
+        if calibration is None:
+            self.check.calibrate(source.checkpoint_tensors(), source.score(self.check.sequences))
+        else:
+            self.check.calibration = calibration
 
     def sync(self) -> dict[str, float]:
         """Give the engine the current weights, and prove that it uses them.

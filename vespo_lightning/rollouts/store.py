@@ -135,5 +135,5 @@ def _checksum(arrays: dict[str, np.ndarray], header: dict[str, str]) -> str:
     for name, text in sorted(header.items()):
         crc = zlib.crc32(f"{name}={text}".encode(), crc)
     for name, array in sorted(arrays.items()):
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"

@@ -6,6 +6,7 @@ Log-probs and routing are recorded while sampling, so that no second forward pas
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class TransformersEngine(RolloutEngine):
 
     def start(self, model_path: str) -> None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=self.dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"model.path={model_path} does not load in the embedded engine ({reason})") from error
@@ -113,7 +114,8 @@ class TransformersEngine(RolloutEngine):
             last, position_ids = state.last_token(), position_ids[:, -1:] + 1
             if alive.float().mean() < COMPACT_BELOW:
                 keep = alive.nonzero()[:, 0]
-                cache.reorder_cache(keep)  # which linear attention has too, unlike batch_select_indices
+                # which linear attention has too, unlike batch_select_indices
+                cache.reorder_cache(keep)  # type: ignore[arg-type]
                 mask, position_ids, last = mask[keep], position_ids[keep], last[keep]
                 state.compact(keep)
             input_ids = last.unsqueeze(1)

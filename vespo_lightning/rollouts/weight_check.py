@@ -158,6 +158,15 @@ class WeightCheck:
         self.tolerance = max(self.floor, self.margin * shown)
         return measured
 
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What :meth:`calibrate` learned, in plain values."""
+        return {"offset": self.offset, "tolerance": self.tolerance}
+
+    @calibration.setter
+    def calibration(self, values: dict[str, float]) -> None:
+        self.offset, self.tolerance = int(values["offset"]), values["tolerance"]
+
     def load(
         self,
         tensors: Iterable[tuple[str, Tensor]],
