@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from vespo_lightning.config_types import check_arguments
 from vespo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def main(cfg: DictConfig) -> None:
 
     torch.set_num_threads(cfg.threads)
     disable_progress_bar()
+    check_arguments(cfg)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = checkpoint_of(cfg, run)
-        model_path = resolve_model_path(cfg.model.path)
+        model_path = resolve_model_path(str(cfg.model.path))
         if checkpoint is not None:
             model_path = export_checkpoint(checkpoint, model_path, Path(scratch) / "export")
         tokenizer = load_tokenizer(model_path)

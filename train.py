@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vespo_lightning.config_check import one_line
 from vespo_lightning.config_rules import check_run
+from vespo_lightning.config_types import check_arguments
 from vespo_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main(cfg: DictConfig) -> None:
 
     torch.set_num_threads(cfg.threads)
     quiet()
+    check_arguments(cfg)
     if cfg.stage == "sft":
         supervised(cfg, folder)
     else:
@@ -61,7 +63,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     from vespo_lightning.rollouts.prompt_lengths import check_response_length
     from vespo_lightning.training.module import PolicyModule
 
-    model_path = resolve_model_path(cfg.model.path)
+    model_path = resolve_model_path(str(cfg.model.path))
     tokenizer = load_tokenizer(model_path)
     task, engine, objective, advantage, staleness = (
         instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ TINY = "model.path=builtin:tiny-addition-moe"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return finished_run(tmp_path_factory)
+    """A copy, because evaluations are logged in the run."""
+    finished = finished_run(tmp_path_factory)
+    return Run(shutil.copytree(finished.folder, tmp_path_factory.mktemp("evaluated") / "run"), finished.ended)
 
 
 def evaluate(folder: Path, *argv: str) -> tuple[dict[str, float], Ended]:

@@ -41,7 +41,9 @@ def test_agrees_with_the_trainer_after_every_sync(uninterrupted: Path) -> None:
         rows = [row for row in csv.DictReader(file) if row["mismatch/k3_kl"]]
     assert len(rows) == 3  # one for each rollout
     for row in rows:
-        assert float(row["mismatch/equal_routing_diff_max"]) < 1e-5
+        # What float32 leaves of this policy: against float64 either side is off by up to 5e-5, and by 4e-7 on average.
+        assert float(row["mismatch/equal_routing_diff_max"]) < 1e-4
+        assert float(row["mismatch/log_prob_diff_mean"]) < 2e-6
         assert float(row["mismatch/flipped_tokens"]) <= 2  # near-ties of the router, in float32
         assert float(row["mismatch/canary_relative"]) < 1e-4
     assert "router/js_divergence" not in rows[0]  # vLLM returns which experts, not their probabilities
