@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
     from vespo_lightning.diagnostics.evaluation import evaluation_metrics
     from vespo_lightning.models.loading import context_length, load_tokenizer, resolve_model_path
     from vespo_lightning.rollouts.engine import SamplingParams
-    from vespo_lightning.rollouts.producer import evaluate_engine
+    from vespo_lightning.rollouts.evaluation import evaluate_engine
 
     torch.set_num_threads(cfg.threads)
     disable_progress_bar()

@@ -44,8 +44,8 @@ class RolloutGeneration(L.Callback):
         if self._uniform_rollouts == UNIFORM_ROLLOUTS:
             rank_zero_warn(
                 f"In {UNIFORM_ROLLOUTS} rollouts in a row all responses to a prompt had the same reward, "
-                f"{batch.rollout_metrics['reward/rollout_mean']:g} on average: every advantage is 0 and nothing is learned. "
-                "Look at the sampled responses and the verifier, or take an easier or harder task."
+                f"{batch.rollout_metrics['reward/rollout_mean']:g} on average, so every advantage is 0 and nothing is "
+                "learned: look at the sampled responses and the verifier, or take an easier or harder task."
             )
 
     def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:

@@ -40,7 +40,7 @@ class RunCheckpoint(Checkpoint):
         return newest_checkpoint(self.folder)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if module.update % self.every == 0 or module.update == len(loader):
             self.save(trainer, module, loader)
 

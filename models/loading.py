@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -113,20 +112,9 @@ def load_model(
             f"model.path={path} lacks {len(names)} weights of {type(model).__name__} ({names[0]}, ...); "
             "give the folder that the model was saved in"
         )
-    _without_dropout(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Training mode, which gradient checkpointing wants, without noise: an importance ratio compares two policies."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
 
 
 def is_moe_config(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -32,7 +34,7 @@ def tiny_qwen3_moe(
 
     Sizes are multiples of 32, which vLLM's CPU kernel for experts wants.
     """
-    config = Qwen3MoeConfig(
+    sizes: dict[str, Any] = dict(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
@@ -52,6 +54,7 @@ def tiny_qwen3_moe(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config = Qwen3MoeConfig(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config)

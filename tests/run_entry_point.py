@@ -38,7 +38,7 @@ def run_entry_point(
     Args:
         script: ``train.py`` or ``evaluate.py``.
         argv: the command line.
-        folder: working directory, made where it is missing; relative paths, and modules of the user's own, are found there.
+        folder: working directory, made where it is missing; relative paths and the user's own modules are found there.
         sabotage: called in the child before the script is loaded.
         kill_after: seconds after which the child is killed; 0 waits for it.
     """

@@ -370,7 +370,9 @@ def test_the_default_job_learns(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_shuffled_rewards_teach_nothing(tmp_path: Path) -> None:
-    argv = ["updates=192", "callbacks.evaluation.every=0", "rollout.shuffle_rewards=true"]
+    """Noise as large as the signal of the default job: accuracy does not rise. (It falls: noise moves weights too.)"""
+    argv = ["updates=192", "callbacks.evaluation.every=64", "rollout.shuffle_rewards=true"]
     folder = train(tmp_path / "run", *argv, base=()).folder
     accuracy = json.loads((folder / "summary.json").read_text())["held_out_accuracy"]
-    assert abs(accuracy["last"]["accuracy"] - accuracy["first"]["accuracy"]) <= 0.15
+    assert accuracy["best"]["accuracy"] <= accuracy["first"]["accuracy"] + 0.05
+    assert accuracy["last"]["update"] == 192

@@ -18,7 +18,7 @@ from vespo_lightning.rollouts.vllm_engine import VllmEngine
 # Not imported here: the children of this process must import it themselves, after the engine set its environment.
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make train ENGINE=vllm)"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
 RUN = [*SMALL_RUN, "engine=vllm"]

@@ -89,7 +89,6 @@ def _trainer(cfg: Any) -> Iterator[str]:
             "use trainer.devices=1"
         )
 
-
     if cfg.trainer.precision in ("bf16-mixed", "bf16-true") and cfg.engine.dtype != "bfloat16":
         yield (
             f"trainer.precision={cfg.trainer.precision} computes in bfloat16, which an engine of engine.dtype="

@@ -11,7 +11,8 @@ from pieces import tokenizer
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.engine import SamplingParams
-from vespo_lightning.rollouts.producer import EVALUATION_VERSION, RolloutProducer
+from vespo_lightning.rollouts.evaluation import EVALUATION_VERSION
+from vespo_lightning.rollouts.producer import RolloutProducer
 from vespo_lightning.rollouts.randomness import sample_seed
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.weight_check import StaleWeightsError

@@ -13,16 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from vespo_lightning.diagnostics.evaluation import EvaluationResult
 from vespo_lightning.errors import UserError
-from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.engine import GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.evaluation import decode, evaluate_engine
 from vespo_lightning.rollouts.randomness import sample_seed
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.store import RolloutStore
 from vespo_lightning.rollouts.weight_check import WeightCheck, canary_sequences
 from vespo_lightning.tasks.base import Problem, Task
 from vespo_lightning.tasks.prompts import render_prompt
-
-#: Version in the seeds of evaluation: the same at every evaluation, and no training sample's.
-EVALUATION_VERSION = -1
 
 
 class WeightSource(Protocol):
@@ -210,7 +208,7 @@ class RolloutProducer:
         self.engine.reset_cache()
         generations = self.engine.generate(requests, self.sampling)
         generated = time.perf_counter()
-        texts = [self._decode(generation) for generation in generations]
+        texts = [decode(self.tokenizer, generation) for generation in generations]
         verdicts = self.task.verify([problems[g] for g, _ in members], texts)
         verified = time.perf_counter()
         samples = [
@@ -277,9 +275,6 @@ class RolloutProducer:
             )
         return ids
 
-    def _decode(self, generation: Generation) -> str:
-        return self.tokenizer.decode(generation.token_ids.tolist(), skip_special_tokens=True)
-
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, problems: Sequence[Problem], samples_per_problem: int, temperature: float) -> EvaluationResult:
@@ -295,36 +290,6 @@ class RolloutProducer:
             SamplingParams(temperature, self.sampling.max_new_tokens),
             self.seed,
         )
-
-
-def evaluate_engine(
-    engine: RolloutEngine,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    samples_per_problem: int,
-    sampling: SamplingParams,
-    seed: int,
-) -> EvaluationResult:
-    """Generate ``samples_per_problem`` responses to each problem with the engine's present weights, and judge them."""
-    requests = [
-        GenerationRequest(
-            render_prompt(tokenizer, problem.prompt), sample_seed(seed, i, problem.id, k, EVALUATION_VERSION)
-        )
-        for i, problem in enumerate(problems)
-        for k in range(samples_per_problem)
-    ]
-    engine.reset_cache()
-    generations = engine.generate(requests, sampling)
-    texts = [tokenizer.decode(g.token_ids.tolist(), skip_special_tokens=True) for g in generations]
-    posed = [problem for problem in problems for _ in range(samples_per_problem)]
-    verdicts = task.verify(posed, texts)
-    shape = (len(problems), samples_per_problem)
-    return EvaluationResult(
-        rewards=np.array([v.reward for v in verdicts]).reshape(shape),
-        truncated=np.array([g.finish_reason == "length" for g in generations]).reshape(shape),
-        lengths=np.array([len(g.token_ids) for g in generations]).reshape(shape),
-    )
 
 
 def _rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:

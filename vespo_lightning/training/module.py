@@ -85,7 +85,12 @@ class PolicyModule(PreciseModule):
         self.automatic_optimization = False
         self.policy = Policy(model, chunk=head_chunk)
         self.objective = objective
-        self.optimizer_options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self.optimizer_options: dict[str, Any] = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         self.schedule, self.warmup_updates, self.updates = schedule, warmup_updates, updates
         self.max_grad_norm = max_grad_norm
         self.token_budget = token_budget
@@ -145,7 +150,7 @@ class PolicyModule(PreciseModule):
             )
             self.layout = "padded"
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = build_adamw(self.policy, **self.optimizer_options)
         scheduler = get_scheduler(
             self.schedule, optimizer, num_warmup_steps=self.warmup_updates, num_training_steps=self.updates
@@ -209,11 +214,9 @@ class PolicyModule(PreciseModule):
             entropy[index] = out.entropy.detach().to(entropy.dtype)
             loss += float(micro_loss.detach())
             if observers:
-                routing = (
-                    None
-                    if record is None
-                    else routing_batch(record, inputs.positions, chosen, piece.loss_mask, self.tap)
-                )
+                routing = None
+                if record is not None and self.tap is not None:
+                    routing = routing_batch(record, inputs.positions, chosen, piece.loss_mask, self.tap.layers)
                 for observer in observers:
                     observer.on_micro_batch_end(self.trainer, self, MicroBatchOutput(chosen, piece, routing))
         return log_prob, entropy, loss

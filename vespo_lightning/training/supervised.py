@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ class SupervisedModule(PreciseModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         optimizer = build_adamw(self.policy, lr=self.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=self.weight_decay)
         scheduler = get_scheduler(
             self.schedule, optimizer, num_warmup_steps=self.warmup_updates, num_training_steps=self.updates
