@@ -25,11 +25,12 @@ def check_arguments(cfg: DictConfig) -> None:
             parameters = inspect.signature(_locate(node._target_)).parameters
         except (ImportError, TypeError, ValueError) as error:
             raise UserError(f"{section}._target_={node._target_} cannot be used ({one_line(error)})") from error
-        for name in node.keys() & parameters.keys():
+        values = {str(name): value for name, value in node.items()}
+        for name in values.keys() & parameters.keys():
             declared = _declared(parameters[name])
-            if declared <= _NAMES.keys() and not any(_fits(node[name], kind) for kind in declared):
+            if declared <= _NAMES.keys() and not any(_fits(values[name], kind) for kind in declared):
                 wanted = " or ".join(_NAMES[kind] for kind in _NAMES if kind in declared)
-                raise UserError(f"{section}.{name}={node[name]} must be {wanted}")
+                raise UserError(f"{section}.{name}={values[name]} must be {wanted}")
 
 
 def _sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
@@ -37,7 +38,7 @@ def _sections(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
         if "_target_" in node:
             yield path, node
         for name, child in node.items():
-            yield from _sections(child, f"{path}.{name}".lstrip("."))
+            yield from _sections(child, f"{path}.{name!s}".lstrip("."))
 
 
 def _declared(parameter: inspect.Parameter) -> set[str]:
