@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.producer import RolloutProducer
 from vespo_lightning.rollouts.sample import MiniBatch
 
@@ -29,10 +30,22 @@ class RolloutGeneration(L.Callback):
         self._calibration: dict[str, float] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        self._check_agreement(module)
         self.producer.start(self.model_path, module, self._calibration)
         module.evaluator = self.producer.evaluate
         module.held_out_problems = self.producer.task.held_out()
         module.tokenizer = self.producer.tokenizer
+
+    def _check_agreement(self, module: Any) -> None:
+        """Raises UserError where producer and module were built for different importance ratios."""
+        sampled = self.producer.sampling.temperature
+        if module.temperature != sampled:
+            raise UserError(
+                f"the producer samples at temperature={sampled} and the module computes log-probs at temperature="
+                f"{module.temperature}; give both the same"
+            )
+        if module.denominator == "recomputed" and not self.producer.recompute:
+            raise UserError("denominator=recomputed needs a producer with recompute=True, which stores those log-probs")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: MiniBatch, batch_idx: int
