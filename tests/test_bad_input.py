@@ -30,6 +30,7 @@ SMALL = [
     "updates=4", "staleness.n=2", "mini_batch_size=16", "rollout.group_size=4", "callbacks.checkpoint.every=2",
     "callbacks.evaluation.problems=4", "callbacks.evaluation.every=0", "hydra.run.dir=run",
 ]  # fmt: skip
+OBJECTIVES = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml")))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def refusal(folder: Path, *argv: str, script: str = "train.py", sabotage: Sabota
     [
         ("optim.lrr=1", r"optim\.lrr=1 is unknown; nearest: optim\.lr"),
         ("stalness.n=4", r"stalness\.n=4 is unknown; nearest: staleness\.n, staleness"),
-        ("objective=vesp", r"objective=vesp is unknown; valid: grpo, reinforce, vespo \(nearest: vespo\)"),
+        ("objective=vesp", rf"objective=vesp is unknown; valid: {OBJECTIVES} \(nearest: vespo, respo\)"),
         ("engine=vlm", r"engine=vlm is unknown; valid: transformers, vllm \(nearest: vllm\)"),
         ("task=gsm", r"task=gsm is unknown; valid: addition, gsm8k, math \(nearest: gsm8k\)"),
         ("advantage=std", r"advantage=std is unknown; valid: group_mean, group_mean_std, leave_one_out"),

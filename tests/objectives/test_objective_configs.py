@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from vespo_lightning.objectives.base import Objective
 CONF = files("vespo_lightning.conf")
 
 
-@pytest.mark.parametrize("name", ["vespo", "grpo", "reinforce"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(str(CONF / "objective")).glob("*.yaml")))
 def test_objective(name):
     config = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text())
     objective = instantiate(config)

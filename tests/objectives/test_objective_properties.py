@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.grpo import Grpo
+from vespo_lightning.objectives.gspo import Gspo
+from vespo_lightning.objectives.kernel import Kernel
 from vespo_lightning.objectives.reinforce import Reinforce
+from vespo_lightning.objectives.respo import Respo
+from vespo_lightning.objectives.sequence_is import SequenceIs
+from vespo_lightning.objectives.topr import Topr
 from vespo_lightning.objectives.vespo import Vespo
 
 OBJECTIVES = {
@@ -20,6 +25,16 @@ OBJECTIVES = {
     "grpo": Grpo(),
     "grpo, dual clip": Grpo(0.2, 0.28, 3.0),
     "reinforce": Reinforce(),
+    "vespo, length": Vespo(normalisation="length"),
+    "vespo, sqrt_length": Vespo(normalisation="sqrt_length"),
+    "kernel": Kernel(),
+    "kernel, extreme constants": Kernel(9.0, 0.001),
+    "sequence_is": SequenceIs(),
+    "sequence_is, truncated": SequenceIs(2.0),
+    "gspo": Gspo(),
+    "gspo, wide": Gspo(1.0, 9.0),
+    "topr": Topr(),
+    "respo": Respo(),
 }
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 quick = settings(max_examples=60, deadline=None, derandomize=True)

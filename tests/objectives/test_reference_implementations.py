@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from vespo_lightning.objectives.base import Objective, TokenBatch, policy_loss
+from vespo_lightning.objectives.cispo import Cispo
 from vespo_lightning.objectives.grpo import Grpo
+from vespo_lightning.objectives.gspo import Gspo
+from vespo_lightning.objectives.kernel import Kernel
+from vespo_lightning.objectives.sapo import Sapo
 from vespo_lightning.objectives.vespo import Vespo
 from vespo_lightning.training.aggregation import Totals, token_weights
 
@@ -22,10 +26,18 @@ METHODS = [
     # objective, aggregation, name of both in TRL and Liger, dual clip
     pytest.param(Vespo(), "token-mean", "vespo", None, id="vespo"),
     pytest.param(Vespo(1.3, 0.9, 2.2, 1.7), "token-mean", "vespo", None, id="vespo, other constants"),
+    pytest.param(Kernel(1.2, 0.7), "token-mean", "vespo", None, id="kernel"),
     pytest.param(Grpo(0.2, 0.28), "token-mean", "dapo", None, id="dapo"),
     pytest.param(Grpo(0.2, 0.2), "seq-mean-token-mean", "grpo", None, id="grpo"),
     pytest.param(Grpo(0.2, 0.2, 1.5), "seq-mean-token-mean", "grpo", 1.5, id="grpo, dual clip"),
     pytest.param(Grpo(0.2, 0.28), "constant", "dr_grpo", None, id="dr_grpo"),
+    pytest.param(Gspo(), "seq-mean-token-mean", "grpo", None, id="gspo"),
+    pytest.param(Gspo(0.02, 0.01), "seq-mean-token-mean", "grpo", None, id="gspo, wide"),
+    pytest.param(Gspo(0.02, 0.01), "token-mean", "dapo", None, id="gspo, token-mean"),
+    pytest.param(Cispo(), "token-mean", "cispo", None, id="cispo"),
+    pytest.param(Cispo(ratio_max=1.05), "token-mean", "cispo", None, id="cispo, tight bound"),
+    pytest.param(Sapo(), "seq-mean-token-mean", "sapo", None, id="sapo"),
+    pytest.param(Sapo(0.5, 4.0), "seq-mean-token-mean", "sapo", None, id="sapo, other temperatures"),
 ]
 methods = pytest.mark.parametrize(("objective", "aggregation", "loss_type", "dual_clip"), METHODS)
 
@@ -95,8 +107,14 @@ def assert_gradients_agree(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert (mine - other).norm() <= 1e-4 * other.norm()
 
 
+def importance_sampling_level(objective: Objective) -> str:
+    return "sequence" if isinstance(objective, Gspo) else "token"
+
+
 def vespo_options(objective: Objective) -> dict[str, float]:
     constants = objective if isinstance(objective, Vespo) else Vespo()
+    if isinstance(objective, Kernel):
+        constants = Vespo(objective.c1, objective.c2, objective.c1, objective.c2)
     return {
         "vespo_k_pos": constants.c1_positive,
         "vespo_lambda_pos": constants.c2_positive,
@@ -105,19 +123,32 @@ def vespo_options(objective: Objective) -> dict[str, float]:
     }
 
 
+def sapo_options(objective: Objective) -> dict[str, float]:
+    gate = objective if isinstance(objective, Sapo) else Sapo()
+    return {"sapo_temperature_pos": gate.tau_positive, "sapo_temperature_neg": gate.tau_negative}
+
+
+def clip_options(objective: Objective) -> dict[str, float]:
+    """For CISPO both libraries take the largest ratio itself as epsilon_high."""
+    if isinstance(objective, Cispo):
+        return {"epsilon_low": 0.2, "epsilon_high": objective.ratio_max}
+    clip = objective if isinstance(objective, Grpo | Gspo) else Grpo()
+    return {"epsilon_low": clip.clip_low, "epsilon_high": clip.clip_high}
+
+
 @methods
 def test_trl(problem, objective, aggregation, loss_type, dual_clip):
     """TRL's own loss method, run on what it reads of its trainer."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed")
     hidden, weight = leaves(problem)
     log_probs = problem.log_probs(hidden, weight)
-    clip = objective if isinstance(objective, Grpo) else Grpo()
     trainer = SimpleNamespace(
         loss_type=loss_type,
-        args=SimpleNamespace(delta=dual_clip, steps_per_generation=1, **vespo_options(objective)),
-        epsilon_low=clip.clip_low,
-        epsilon_high=clip.clip_high,
-        importance_sampling_level="token",
+        args=SimpleNamespace(
+            delta=dual_clip, steps_per_generation=1, **vespo_options(objective), **sapo_options(objective)
+        ),
+        **clip_options(objective),
+        importance_sampling_level=importance_sampling_level(objective),
         beta=0.0,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
@@ -145,31 +176,31 @@ def test_trl(problem, objective, aggregation, loss_type, dual_clip):
     loss.backward()
     our_loss, ours = our_gradients(problem, objective, aggregation)
     assert_gradients_agree(ours, [hidden.grad, weight.grad])
-    if loss_type == "vespo":
+    if loss_type in ("vespo", "cispo"):
         assert our_loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @methods
 def test_liger(problem, objective, aggregation, loss_type, dual_clip):
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="Liger-Kernel is not installed")
-    clip = objective if isinstance(objective, Grpo) else Grpo()
     fused = liger.LigerFusedLinearGRPOLoss(
         beta=0.0,
         compiled=False,
         use_ref_model=False,
-        epsilon_low=clip.clip_low,
-        epsilon_high=clip.clip_high,
+        **clip_options(objective),
         loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level(objective),
         delta=dual_clip,
         max_completion_length=MAX_RESPONSE_TOKENS,
         **vespo_options(objective),
+        **sapo_options(objective),
     )
     hidden, weight = leaves(problem)
     loss, _ = fused(hidden, weight, problem.ids, problem.mask, problem.advantages, old_per_token_logps=problem.old)
     loss.backward()
     our_loss, ours = our_gradients(problem, objective, aggregation)
     assert_gradients_agree(ours, [hidden.grad, weight.grad])
-    if loss_type == "vespo":
+    if loss_type in ("vespo", "cispo"):
         assert our_loss.item() == pytest.approx(loss.item(), rel=1e-4)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 from vespo_lightning.errors import UserError
+
+Choice = TypeVar("Choice", bound=str)
 
 
 def require_number(key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
@@ -19,3 +23,14 @@ def require_number(key: str, value: object, low: float, high: float = math.inf, 
             return float(value)
     bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
     raise UserError(f"objective.{key}={value} is not allowed; give a finite number {bound}")
+
+
+def require_choice(key: str, value: Choice, choices: Sequence[str]) -> Choice:
+    """``value``, when it is one of ``choices``.
+
+    Raises:
+        UserError: it is not; the message names ``objective.<key>`` and the choices.
+    """
+    if value in choices:
+        return value
+    raise UserError(f"objective.{key}={value} is unknown; valid: {', '.join(choices)}")

@@ -10,9 +10,7 @@ from torch import Tensor
 from vespo_lightning.objectives.base import Objective, Scope, TokenBatch
 from vespo_lightning.objectives.checks import require_number
 from vespo_lightning.objectives.statistics import active_tokens, coefficient_statistics, means
-
-#: Bound of the log-ratio of one token.
-TOKEN_LOG_RATIO_BOUND = 20.0
+from vespo_lightning.objectives.token_ratio import beyond_bound, clamped_log_ratio
 
 
 class Grpo(Objective):
@@ -46,8 +44,8 @@ class Grpo(Objective):
         self.dual_clip = None if dual_clip is None else require_number("dual_clip", dual_clip, 1.0, open_low=True)
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
-        ratio = _ratio(batch)
-        saturated = batch.log_ratio.abs() > TOKEN_LOG_RATIO_BOUND
+        ratio = clamped_log_ratio(batch).exp()
+        saturated = beyond_bound(batch)
         for clipped in self._clipped(ratio, batch).values():
             saturated = saturated | clipped
         return torch.where(saturated, 0.0, ratio)
@@ -55,9 +53,8 @@ class Grpo(Objective):
     def statistics(self, batch: TokenBatch) -> dict[str, float]:
         """Common numbers, and the share of active tokens clipped on each side."""
         active = active_tokens(batch)
-        clipped = {
-            f"objective/{side}_share": mask[active] for side, mask in self._clipped(_ratio(batch), batch).items()
-        }
+        ratio = clamped_log_ratio(batch).exp()
+        clipped = {f"objective/{side}_share": mask[active] for side, mask in self._clipped(ratio, batch).items()}
         return coefficient_statistics(self.coefficient(batch), batch) | means(clipped)
 
     def _clipped(self, ratio: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
@@ -70,8 +67,3 @@ class Grpo(Objective):
         if self.dual_clip is not None:
             sides["dual_clip"] = (advantage < 0) & (ratio > self.dual_clip)
         return sides
-
-
-def _ratio(batch: TokenBatch) -> Tensor:
-    """[T] importance ratio of each token, after the clamp; 1 outside the loss mask."""
-    return batch.log_ratio.clamp(-TOKEN_LOG_RATIO_BOUND, TOKEN_LOG_RATIO_BOUND).exp()

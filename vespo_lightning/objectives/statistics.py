@@ -6,6 +6,9 @@ from torch import Tensor
 
 from vespo_lightning.objectives.base import TokenBatch
 
+#: Below this coefficient a token or sequence hardly takes part in the update.
+SUPPRESSED_BELOW = 0.1
+
 
 def means(named: dict[str, Tensor]) -> dict[str, float]:
     """Mean of each tensor (booleans give shares). Empty ones are absent: without samples there is no mean."""
