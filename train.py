@@ -116,6 +116,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
             *(instantiate(logger) for logger in cfg.logger.values()),
         ],
         default_root_dir=str(folder),
+        enable_checkpointing=cfg.callbacks.get("checkpoint") is not None,  # else Lightning adds its own
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,

@@ -170,20 +170,21 @@ class PolicyModule(PreciseModule):
         log_prob, entropy, loss = self._backward(batch, tokens)
         grad_norm = self._clip()
         skipped = not (np.isfinite(loss) and np.isfinite(grad_norm))
+        # of the version that the forward pass was done with, so before the step
         whole = tokens.select(range(len(batch.samples)), log_prob, self.policy_version)
+        coefficient = self.objective.coefficient(whole)
+        self._finish(optimizer, skipped)
         self.last_update = UpdateResult(
             mini_batch=batch,
             tokens=whole,
-            coefficient=self.objective.coefficient(whole),
+            coefficient=coefficient,
             entropy=entropy,
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=skipped,
-            seconds=0.0,
+            seconds=time.perf_counter() - start,
         )
-        self._finish(optimizer, skipped)
-        object.__setattr__(self.last_update, "seconds", time.perf_counter() - start)
         self._record_update(self.last_update)
 
     def _backward(self, batch: MiniBatch, tokens: MiniBatchTokens) -> tuple[Tensor, Tensor, float]:
