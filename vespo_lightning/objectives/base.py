@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-Scope = Literal["token", "sequence", "mini-batch"]
+Scope = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     scope: ClassVar[Scope]
-    """What one multiplier depends on. ``"mini-batch"`` makes the trainer run a pre-pass without gradients."""
+    """What one multiplier depends on. Whole sequences stay in one micro-batch, so both scopes are exact."""
 
     @abstractmethod
     def coefficient(self, batch: TokenBatch) -> Tensor:
