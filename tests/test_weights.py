@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from routing.moe_families import COMMON, family_model, tiny_model
+from routing.moe_families import family_model, tiny_model
 from safetensors import safe_open
 
-from vespo_lightning.weights import InPlaceLoader, checkpoint_tensors, parameter_count
+from vespo_lightning.weights import InPlaceLoader, checkpoint_tensors
 
 DENSE = {
     "qwen3_tied": ("Qwen3Config", {"head_dim": 8, "tie_word_embeddings": True}),
@@ -130,10 +130,3 @@ def test_fused_names_of_memory_are_refused():
     model = family_model("qwen3_moe")
     with pytest.raises(ValueError, match=r"gate_up_proj' is unknown to the model"):
         InPlaceLoader(model).load(model.state_dict().items())
-
-
-def test_parameter_count():
-    model = make("llama_tied")
-    width, vocabulary = COMMON["hidden_size"], COMMON["vocab_size"]
-    layer = 2 * width * width + 2 * width * width // 2 + 3 * width * COMMON["intermediate_size"] + 2 * width
-    assert parameter_count(model) == vocabulary * width + 3 * layer + width

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -102,7 +102,3 @@ def _find_places(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, 
     if sum(place.shape.numel() for place in places.values()) != total:
         raise ValueError("the checkpoint names do not cover every weight of the model exactly once")
     return places
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

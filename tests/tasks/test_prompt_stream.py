@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from vespo_lightning.errors import UserError
-from vespo_lightning.tasks.addition import ALPHABET, AdditionTask
+from vespo_lightning.tasks.addition import AdditionTask
 from vespo_lightning.tasks.prompts import PromptStream, render_prompt
 
 TEMPLATE = (
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 def make_tokenizer(special: str | None = None, **settings) -> PreTrainedTokenizerFast:
     """One token per character; ``special`` is what the tokenizer puts around a text, ``$A``."""
-    letters = dict.fromkeys(ALPHABET + "abcdefghijklmnopqrstuvwxyz<>? ")
+    letters = dict.fromkeys("0123456789+=;#\nabcdefghijklmnopqrstuvwxyz<>? ")
     vocabulary = {token: number for number, token in enumerate(["[S]", "[E]", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[E]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

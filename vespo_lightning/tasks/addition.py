@@ -12,9 +12,6 @@ from vespo_lightning.errors import UserError
 from vespo_lightning.tasks.base import Problem, Task, Verdict
 from vespo_lightning.tasks.reward import judge_with, load_reward
 
-#: Every character that a prompt or a worked response can hold; the tokenizer has one token for each.
-ALPHABET = "0123456789+=;#abcdefgh\n"
-
 _NAMES = "abcdefgh"
 _HELD_OUT_ONE_IN = 8
 _DRAWS_PER_HELD_OUT_PROBLEM = 100
