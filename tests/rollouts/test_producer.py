@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -113,11 +114,38 @@ def test_what_is_on_the_disk_is_not_made_again(tmp_path):
     assert len(producer.engine.calls) == 1
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"temperature": 0.5}, {"max_new_tokens": 5}, {"group_size": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 4},
+        {"temperature": 0.5},
+        {"max_new_tokens": 5},
+        {"group_size": 2},
+        {"truncated": "penalise"},
+        {"truncated_reward": -1.0},
+        {"shuffle_rewards": True},
+        {"recompute": True},
+    ],
+)
 def test_other_settings_make_a_rollout_anew(tmp_path, change):
     produce(make_producer(tmp_path))
     producer = make_producer(tmp_path, **change)
     produce(producer)
+    assert len(producer.engine.calls) == 3
+
+
+@pytest.mark.parametrize("chunk_groups", [1, 5])
+def test_another_chunk_size_loses_no_group(tmp_path, chunk_groups):
+    usual = produce(make_producer(tmp_path))
+    assert same_samples(produce(make_producer(tmp_path, chunk_groups=chunk_groups)), usual)
+
+
+@pytest.mark.parametrize("changed", [{"prompt": "1+2="}, {"reference": "3"}])
+def test_other_problems_make_a_rollout_anew(tmp_path, changed):
+    """In the same places of the stream and under the same names: the task was given other settings."""
+    produce(make_producer(tmp_path))
+    producer = make_producer(tmp_path)
+    producer.produce(0, [(place, dataclasses.replace(problem, **changed)) for place, problem in prompts()])
     assert len(producer.engine.calls) == 3
 
 

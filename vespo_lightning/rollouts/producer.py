@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,6 +168,12 @@ class RolloutProducer:
             "group_size": self.group_size,
             "temperature": self.sampling.temperature,
             "max_new_tokens": self.sampling.max_new_tokens,
+            "chunk_groups": self.chunk_groups,
+            "prompts": _digest(prompts),
+            "truncated": self.truncated,
+            "truncated_reward": self.truncated_reward,
+            "recompute": self.recompute,
+            "shuffle_rewards": self.shuffle_rewards,
         }
 
     def _gather(
@@ -290,6 +298,12 @@ class RolloutProducer:
             SamplingParams(temperature, self.sampling.max_new_tokens),
             self.seed,
         )
+
+
+def _digest(prompts: Sequence[tuple[int, Problem]]) -> str:
+    """Of what is posed and what counts as right: another task in the same folder makes its own rollouts."""
+    posed = [(place, problem.id, problem.prompt, problem.reference) for place, problem in prompts]
+    return hashlib.blake2b(json.dumps(posed).encode(), digest_size=8).hexdigest()
 
 
 def _rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
