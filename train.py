@@ -22,6 +22,7 @@ from vespo_lightning.config_check import one_line
 from vespo_lightning.config_rules import check_run
 from vespo_lightning.config_types import check_arguments
 from vespo_lightning.errors import UserError
+from vespo_lightning.method_rules import method_warnings
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -42,6 +43,8 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.threads)
     quiet()
     check_arguments(cfg)
+    for sentence in method_warnings(cfg) if cfg.stage == "rl" else ():
+        print(f"warning: {sentence}", file=sys.stderr)
     if cfg.stage == "sft":
         supervised(cfg, folder)
     else:
@@ -58,9 +61,11 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     from vespo_lightning.callbacks.summary import RunSummary, format_table
     from vespo_lightning.models.export import export_hf
     from vespo_lightning.models.loading import context_length, load_model, load_tokenizer, resolve_model_path
+    from vespo_lightning.objectives.min_variance import MinVariance
     from vespo_lightning.rollouts.loader import RolloutLoader
     from vespo_lightning.rollouts.producer import RolloutProducer
     from vespo_lightning.rollouts.prompt_lengths import check_response_length
+    from vespo_lightning.training.loss import loss_needs
     from vespo_lightning.training.module import PolicyModule
 
     model_path = resolve_model_path(str(cfg.model.path))
@@ -68,6 +73,8 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     task, engine, objective, advantage, staleness = (
         instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")
     )
+    corrections = [instantiate(node) for node in (cfg.correction or {}).values()]
+    kl = instantiate(cfg.kl) if cfg.kl else None
     context = context_length(model_path)
     first = [task.train_problem(cfg.seed, place) for place in range(FIRST_PROMPTS)]
     check_response_length(
@@ -75,6 +82,9 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     )
     dtype = "bfloat16" if cfg.trainer.precision == "bf16-true" else "float32"
     model = load_model(model_path, dtype, cfg.model.experts, cfg.model.gradient_checkpointing)
+    reference = reference_policy(cfg, kl.reference or model_path, dtype, tokenizer) if kl is not None else None
+    rollout = dict(cfg.rollout)
+    passes = rollout.pop("passes")
     producer = RolloutProducer(
         task,
         tokenizer,
@@ -82,10 +92,19 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         str(folder / "rollouts"),
         context=context,
         seed=cfg.seed,
-        recompute=cfg.denominator == "recomputed",
-        **cfg.rollout,
+        recompute=cfg.denominator == "recomputed" or "recomputed_log_prob" in loss_needs(objective, corrections),
+        reference=kl is not None,
+        **rollout,
     )
-    loader = RolloutLoader(producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size)
+    loader = RolloutLoader(
+        producer,
+        staleness,
+        advantage,
+        updates=cfg.updates,
+        mini_batch_size=cfg.mini_batch_size,
+        passes=passes,
+        kl=kl,
+    )
     module = PolicyModule(
         model,
         objective,
@@ -94,6 +113,10 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         max_response_tokens=cfg.rollout.max_new_tokens,
         denominator=cfg.denominator,
         aggregation=cfg.aggregation,
+        corrections=corrections,
+        kl=kl,
+        reference=reference,
+        baseline=advantage if isinstance(advantage, MinVariance) else None,
         entropy_coefficient=cfg.entropy_coefficient,
         **OmegaConf.to_container(cfg.optim),
         **cfg.batching,
@@ -129,6 +152,19 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     print(format_table(summary.summary(trainer, "finished")))
     print(f"Next: tensorboard --logdir {shown(folder)}")
     print(f"      python evaluate.py model.path={shown(export)} samples_per_problem=8 temperature=1.0")
+
+
+def reference_policy(cfg: DictConfig, path: str, dtype: str, tokenizer: Any) -> Any:
+    """The frozen policy that the KL penalty refers to."""
+    from vespo_lightning.models.loading import load_model, load_tokenizer, resolve_model_path
+    from vespo_lightning.training.reference import ReferencePolicy, check_same_tokenizer
+
+    try:
+        path = resolve_model_path(path)
+        check_same_tokenizer(load_tokenizer(path), tokenizer, path)
+        return ReferencePolicy(load_model(path, dtype, cfg.model.experts), path, cfg.batching.head_chunk)
+    except UserError as error:  # loading knows one path only
+        raise UserError(str(error).replace("model.path=", "kl.reference=", 1)) from error
 
 
 def callbacks(cfg: DictConfig, folder: Path, producer: Any, staleness: Any, model_path: str, summary: Any) -> list[Any]:

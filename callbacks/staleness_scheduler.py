@@ -42,6 +42,7 @@ class StalenessScheduler(L.Callback):
                 "staleness/lag_min": float(lag.min()),
                 "staleness/lag_max": float(lag.max()),
                 "staleness/position": float(batch.position),
+                "staleness/pass": float(batch.pass_number),
                 "staleness/rollout_size": float(batch.rollout_size),
             }
         )

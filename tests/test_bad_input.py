@@ -23,7 +23,7 @@ from run_entry_point import ROOT, Sabotage, run_entry_point
 from vespo_lightning.callbacks import run_checkpoint
 from vespo_lightning.models.loading import context_length, resolve_model_path
 from vespo_lightning.tasks.addition import AdditionTask
-from vespo_lightning.training import module as training_module
+from vespo_lightning.training import loss as training_loss
 
 #: Two rollouts of 2 mini-batches, a checkpoint after each.
 SMALL = [
@@ -57,7 +57,7 @@ def refusal(folder: Path, *argv: str, script: str = "train.py", sabotage: Sabota
         ("objective=vesp", rf"objective=vesp is unknown; valid: {OBJECTIVES} \(nearest: vespo, respo\)"),
         ("engine=vlm", r"engine=vlm is unknown; valid: transformers, vllm \(nearest: vllm\)"),
         ("task=gsm", r"task=gsm is unknown; valid: addition, gsm8k, math \(nearest: gsm8k\)"),
-        ("advantage=std", r"advantage=std is unknown; valid: group_mean, group_mean_std, leave_one_out"),
+        ("advantage=std", r"advantage=std is unknown; valid: batch_std, group_mean, group_mean_std, .*"),
         ("+optim.momentum=0", r"\+optim\.momentum=0 adds a key that nothing reads; .*"),
         ("mini_batch_size=60", r"mini_batch_size=60 is not a multiple of rollout\.group_size=8; use 56 or 64"),
         ("rollout.group_size=1", r"rollout\.group_size=1 with a group baseline .*; use rollout\.group_size=2 or more"),
@@ -83,6 +83,29 @@ def refusal(folder: Path, *argv: str, script: str = "train.py", sabotage: Sabota
     ],
 )  # fmt: skip
 def test_training_is_refused(words: str, sentence: str, tmp_path: Path) -> None:
+    assert re.fullmatch(sentence, refusal(tmp_path, *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("objective.c1_positive=-1", r"objective\.c1_positive=-1 is not allowed; .*"),
+        ("objective.c1_negative=0.5", r"objective\.variance_bound=true .* objective\.c1_negative=0\.5 .*"),
+        ("objective=grpo objective.clip_low=1.5", r"objective\.clip_low=1\.5 is not allowed; .* at most 1"),
+        ("objective=dppo objective.divergence=topk_tv", r".*=topk_tv .* set rollout\.top_log_probs=20"),
+        ("correction=tis", r"correction=tis with denominator=behaviour .* set denominator=recomputed or .*"),
+        ("correction=[mis,opms]", r"correction=opms is unknown; valid: .*opsm.*"),
+        ("correction=mis correction.mis.low=2", r"correction\.mis\.low=2 is not allowed; .*"),
+        ("advantage=min_variance", r"advantage=min_variance needs .*; use objective=reinforce, .*"),
+        ("kl=loss_k3 kl.estimator=k1", r"kl\.placement=loss does not go with kl\.estimator=k1, .*"),
+        ("kl=loss_k3 kl.reference=./nowhere", r"kl\.reference=\./nowhere: no such folder; .*"),
+        ("rollout.top_p=1.5", r"rollout\.top_p=1\.5 must be a number above 0 and at most 1 .*"),
+        ("rollout.passes=0", r"rollout\.passes=0 must be a whole number of at least 1"),
+        ("callbacks.shadow_objectives.objectives=[gpo]", r"callbacks\.shadow_objectives\.objectives: gpo is no .*"),
+        ("callbacks.shadow_objectives.objectives=[minirl]", r".*: minirl needs .* type denominator=recomputed.*"),
+    ],
+)  # fmt: skip
+def test_methods_are_refused(words: str, sentence: str, tmp_path: Path) -> None:
     assert re.fullmatch(sentence, refusal(tmp_path, *words.split()))
 
 
@@ -294,13 +317,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(owner: Any, name: str, tmp_p
 
 def test_a_streak_of_non_finite_losses_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     def nan_from_the_third_update() -> None:
-        original, calls = training_module.policy_loss, [0]
+        original, calls = training_loss.policy_loss, [0]
 
         def policy_loss(*args: Any) -> torch.Tensor:
             calls[0] += 1
             return original(*args) * (float("nan") if calls[0] > 2 else 1.0)
 
-        training_module.policy_loss = policy_loss
+        training_loss.policy_loss = policy_loss
 
     sentence = refusal(tmp_path, *SMALL, "optim.max_skipped_streak=2", sabotage=nan_from_the_third_update)
     assert re.fullmatch(

@@ -21,6 +21,7 @@ from vespo_lightning.config import resolved
 from vespo_lightning.config_check import CONFIG_PATH, config_source
 from vespo_lightning.config_rules import check_run
 from vespo_lightning.errors import UserError
+from vespo_lightning.rollouts.loader import RolloutLoader
 from vespo_lightning.rollouts.producer import RolloutProducer
 from vespo_lightning.rollouts.vllm_support import SUPPORTED
 from vespo_lightning.training.module import PolicyModule
@@ -45,9 +46,16 @@ def composed(name: str = "train", *overrides: str) -> DictConfig:
         return compose(name, list(overrides), return_hydra_config=False)
 
 
+#: What an option needs beside it.
+BESIDE = {
+    ("advantage", "min_variance"): ["objective=sequence_is"],
+    ("correction", "tis"): ["denominator=recomputed"],
+}
+
+
 def choice(group: str, option: str, questions: Path) -> list[str]:
     path = [f"task.path={questions}"] if (group, option) in (("task", "gsm8k"), ("task", "math")) else []
-    return [f"{group}={option}", "name=x", *path]
+    return [f"{group}={option}", "name=x", *path, *BESIDE.get((group, option), [])]
 
 
 def has_vllm() -> bool:
@@ -75,7 +83,9 @@ def test_every_option_composes_and_its_objects_are_built(group: str, option: str
     check_run(cfg)
     assert "${" not in json.dumps(resolved(cfg))
     section = OmegaConf.select(cfg, group.replace("/", "."))
-    if group == "callbacks":
+    if group == "experiment":  # sets other groups
+        return
+    if group in ("callbacks", "correction"):
         for name, node in section.items():
             given = {"folder": "checkpoints"} if name == "checkpoint" else {}
             assert type(instantiate(node, **given)) is get_class(node._target_)
@@ -117,7 +127,8 @@ def parameters_that_are_read(function: Any) -> set[str]:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=NAMES)
 def test_keys_of_built_objects_are_the_arguments_that_they_read(group: str, option: str, questions: Path) -> None:
     cfg = composed("train", *choice(group, option, questions))
-    for path, node in sections_with_target(OmegaConf.select(cfg, group.replace("/", ".")), group):
+    section = None if group == "experiment" else OmegaConf.select(cfg, group.replace("/", "."))
+    for path, node in sections_with_target(section, group):
         wanted = set(node) - {"_target_"}
         constructor = get_class(node._target_).__init__
         assert wanted <= (set() if constructor is object.__init__ else parameters_that_are_read(constructor)), path
@@ -125,7 +136,8 @@ def test_keys_of_built_objects_are_the_arguments_that_they_read(group: str, opti
 
 def test_keys_of_sections_are_arguments_of_what_they_are_passed_to() -> None:
     cfg = composed("train", "name=x")
-    assert set(cfg.rollout) <= parameters_that_are_read(RolloutProducer.__init__)
+    rollout = parameters_that_are_read(RolloutProducer.__init__) | parameters_that_are_read(RolloutLoader.__init__)
+    assert set(cfg.rollout) <= rollout
     assert {*cfg.optim, *cfg.batching} <= parameters_that_are_read(PolicyModule.__init__)
 
 

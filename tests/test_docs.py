@@ -15,17 +15,20 @@ from vespo_lightning.callbacks.weight_variance import histograms
 from vespo_lightning.config_check import check_overrides
 from vespo_lightning.diagnostics.evaluation import EvaluationResult, evaluation_metrics
 from vespo_lightning.diagnostics.importance import coefficient_distribution, importance_statistics
+from vespo_lightning.diagnostics.length_drift import usable_lengths
+from vespo_lightning.diagnostics.shadow import shadow_statistics
 from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.grpo import Grpo
+from vespo_lightning.objectives.vespo import Vespo
 from vespo_lightning.routing.statistics import RouterStatistics
 from vespo_lightning.training.outputs import RoutingBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ROOT / "docs" / "metrics.md"
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-GROUPS = "reward|importance|objective|mismatch|staleness|router|performance|train|eval"
-NAME = re.compile(rf"({GROUPS})/\w*[a-z0-9](/layer_NN)?")
+GROUPS = "reward|importance|objective|correction|kl|shadow|mismatch|staleness|router|performance|train|eval"
+NAME = re.compile(rf"({GROUPS})/\w*[a-z0-9](/layer_NN)?|shadow/\w+/\w*[a-z0-9]")
 FENCE = re.compile(r"^ *```.*?\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 
@@ -94,12 +97,15 @@ def names_put_together() -> set[str]:
         | coefficient_distribution(coefficient, batch).keys()
         | histograms(SimpleNamespace(tokens=batch, coefficient=coefficient)).keys()
         | Grpo(dual_clip=3.0).statistics(batch).keys()
+        | usable_lengths(batch, Vespo()).keys()
+        | shadow_statistics({"grpo": Grpo()}, batch, coefficient).keys()
         | evaluation_metrics(judged).keys()
         | router_names()
     )
 
 
 def as_documented(name: str) -> str:
+    name = re.sub(r"^shadow/\w+/", "shadow/NAME/", name)
     return re.sub(r"layer_\d+$", "layer_NN", re.sub(r"pass_at_\d+$", "pass_at_k", name))
 
 

@@ -64,7 +64,8 @@ def test_one_row_per_update_and_every_group_of_metrics(run: Run) -> None:
     assert metrics.index.tolist() == list(range(9))
     groups = {name.split("/")[0] for name in metrics}
     assert groups == {
-        "reward", "importance", "objective", "mismatch", "staleness", "router", "performance", "eval", "train",
+        "reward", "importance", "objective", "shadow", "mismatch", "staleness", "router", "performance", "eval",
+        "train",
     }  # fmt: skip
     assert metrics["eval/accuracy"].notna()[lambda given: given].index.tolist() == [0, 4, 8]
     assert metrics["staleness/lag_mean"][1:].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
@@ -259,7 +260,10 @@ def test_a_small_token_budget_changes_memory_not_the_update(run: Run, tmp_path: 
 
 
 def test_callbacks_can_be_left_out(tmp_path: Path) -> None:
-    left_out = ["weight_variance", "router_monitor", "sample_table", "evaluation", "checkpoint", "engine_mismatch"]
+    left_out = [
+        "weight_variance", "weight_alarms", "shadow_objectives", "router_monitor", "sample_table", "evaluation",
+        "checkpoint", "engine_mismatch",
+    ]  # fmt: skip
     folder = train(tmp_path / "bare", "updates=2", *(f"callbacks.{name}=null" for name in left_out),
                    base=["staleness.n=2", "mini_batch_size=16"]).folder  # fmt: skip
     groups = {name.split("/")[0] for name in read_metrics(folder)}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vespo_lightning.errors import UserError
+from vespo_lightning.method_rules import method_rules
 
 Rule = Callable[[Any], Iterator[str]]
 
@@ -17,7 +18,7 @@ def check_run(cfg: Any) -> None:
     Args:
         cfg: the composed configuration of ``train.py``.
     """
-    for rule in (_numbers, _one_of, _groups, _trainer, _optimizer, _stage):
+    for rule in (_numbers, _one_of, _sampling, _groups, _trainer, _optimizer, _stage, method_rules):
         for sentence in rule(cfg):
             raise UserError(sentence)
 
@@ -25,7 +26,8 @@ def check_run(cfg: Any) -> None:
 #: Whole numbers and the least that each may be.
 _WHOLE = {
     **dict.fromkeys(("updates", "mini_batch_size", "threads", "optim.max_skipped_streak"), 1),
-    **{f"rollout.{name}": 1 for name in ("group_size", "max_new_tokens", "chunk_groups")},
+    **{f"rollout.{name}": 1 for name in ("group_size", "max_new_tokens", "chunk_groups", "passes")},
+    **dict.fromkeys(("rollout.top_log_probs", "rollout.max_refills"), 0),
     **{f"batching.{name}": 1 for name in ("token_budget", "head_chunk")},
     **{f"sft.{name}": 1 for name in ("updates", "batch_size")},
     **dict.fromkeys(("seed", "optim.warmup_updates", "sft.warmup_updates"), 0),
@@ -33,7 +35,7 @@ _WHOLE = {
 _ABOVE_ZERO = ("optim.lr", "optim.eps", "rollout.temperature", "sft.lr")
 _NOT_NEGATIVE = ("optim.weight_decay", "sft.weight_decay")
 _ANY_NUMBER = ("entropy_coefficient", "rollout.truncated_reward")
-_SWITCHES = ("rollout.shuffle_rewards", "model.gradient_checkpointing")
+_SWITCHES = ("rollout.shuffle_rewards", "rollout.dynamic_sampling", "model.gradient_checkpointing")
 
 
 def _numbers(cfg: Any) -> Iterator[str]:
@@ -70,6 +72,14 @@ def _one_of(cfg: Any) -> Iterator[str]:
     for key, valid in choices.items():
         if str(_get(cfg, key)) not in valid:
             yield f"{key}={_get(cfg, key)} is unknown; valid: {', '.join(valid)}"
+
+
+def _sampling(cfg: Any) -> Iterator[str]:
+    top_p, top_k = cfg.rollout.top_p, cfg.rollout.top_k
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        yield f"rollout.top_p={top_p} must be a number above 0 and at most 1 (1 samples from all tokens)"
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        yield f"rollout.top_k={top_k} must be a whole number of at least 1, or null to sample from all tokens"
 
 
 def _groups(cfg: Any) -> Iterator[str]:

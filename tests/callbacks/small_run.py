@@ -65,6 +65,7 @@ def update_result(batch: MiniBatch, version: int, skipped: bool = False) -> Upda
     return UpdateResult(
         mini_batch=batch,
         tokens=tokens,
+        corrected=tokens,
         coefficient=torch.ones(2 * count),
         entropy=torch.ones(2 * count),
         loss=0.5,

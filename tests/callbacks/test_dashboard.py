@@ -14,11 +14,12 @@ from vespo_lightning.callbacks.dashboard import LAYOUT, Dashboard
 from vespo_lightning.callbacks.progress import SHOWN
 from vespo_lightning.callbacks.summary import MISMATCH, REWARD
 from vespo_lightning.diagnostics.importance import coefficient_distribution, importance_statistics
+from vespo_lightning.diagnostics.shadow import shadow_statistics
 from vespo_lightning.objectives.vespo import Vespo
 from vespo_lightning.routing.statistics import RouterStatistics
 from vespo_lightning.training.outputs import RoutingBatch
 
-GROUPS = "reward|importance|objective|mismatch|staleness|router|performance|eval|train"
+GROUPS = "reward|importance|objective|correction|kl|shadow|mismatch|staleness|router|performance|eval|train"
 NAME = re.compile(rf"({GROUPS})/\w+")
 
 
@@ -48,6 +49,7 @@ def names_put_together_at_run_time() -> set[str]:
         importance_statistics(result.tokens).keys()
         | coefficient_distribution(result.coefficient, result.tokens).keys()
         | {f"router/{name}" for name in routing.metrics()}
+        | shadow_statistics({"vespo": Vespo()}, result.tokens, result.coefficient).keys()
         | {"eval/pass_at_2"}
     )
 

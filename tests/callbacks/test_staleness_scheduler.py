@@ -22,6 +22,7 @@ def test_lag_is_counted_per_token():
         "staleness/lag_min": 4.0,
         "staleness/lag_max": 5.0,
         "staleness/position": 3.0,
+        "staleness/pass": 0.0,
         "staleness/rollout_size": 4.0,
     }
 

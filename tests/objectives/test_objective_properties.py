@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vespo_lightning.objectives.base import TokenBatch
+from vespo_lightning.objectives.base import TokenBatch, TopLogProbs
 from vespo_lightning.objectives.grpo import Grpo
 from vespo_lightning.objectives.gspo import Gspo
 from vespo_lightning.objectives.kernel import Kernel
@@ -21,7 +21,7 @@ from vespo_lightning.objectives.vespo import Vespo
 
 OBJECTIVES = {
     "vespo": Vespo(),
-    "vespo, extreme constants": Vespo(4.0, 0.0, 0.0, 80.0),
+    "vespo, extreme constants": Vespo(4.0, 0.0, 0.0, 80.0, variance_bound=False),
     "grpo": Grpo(),
     "grpo, dual clip": Grpo(0.2, 0.28, 3.0),
     "reinforce": Reinforce(),
@@ -52,10 +52,18 @@ def batches(draw, log_probs: st.SearchStrategy[float]) -> TokenBatch:
     def per_token(values: st.SearchStrategy) -> list:
         return draw(st.lists(values, min_size=tokens, max_size=tokens))
 
+    def likeliest(count: int) -> torch.Tensor:
+        return tensor([x for _ in range(count) for x in per_token(log_probs)]).reshape(count, tokens).T
+
     advantage = st.one_of(st.just(0.0), st.floats(-100, 100, width=32))
+    count = draw(st.integers(0, 2))
     return TokenBatch(
         log_prob=tensor(per_token(log_probs)),
         behaviour_log_prob=tensor(per_token(log_probs)),
+        recomputed_log_prob=tensor(per_token(log_probs)),
+        top=TopLogProbs(
+            likeliest(count), likeliest(count), torch.tensor(per_token(st.booleans()), dtype=torch.bool) & (count > 0)
+        ),
         sequence_index=torch.repeat_interleave(torch.arange(sequences), torch.tensor(lengths)),
         loss_mask=torch.tensor(per_token(st.booleans()), dtype=torch.bool),
         advantage=tensor(draw(st.lists(advantage, min_size=sequences, max_size=sequences))),
@@ -63,6 +71,29 @@ def batches(draw, log_probs: st.SearchStrategy[float]) -> TokenBatch:
         version_made=torch.zeros(tokens, dtype=torch.int32),
         policy_version=0,
     )
+
+
+def with_tokens(batch: TokenBatch, index: torch.Tensor, sequence_index: torch.Tensor, sequences) -> TokenBatch:
+    """Tokens ``index`` of the batch, in sequences of theirs: numbered anew, with the advantages of ``sequences``."""
+    assert batch.top is not None and batch.recomputed_log_prob is not None
+    return dataclasses.replace(
+        batch,
+        log_prob=batch.log_prob[index],
+        behaviour_log_prob=batch.behaviour_log_prob[index],
+        recomputed_log_prob=batch.recomputed_log_prob[index],
+        top=TopLogProbs(batch.top.behaviour[index], batch.top.current[index], batch.top.holds_sampled[index]),
+        loss_mask=batch.loss_mask[index],
+        version_made=batch.version_made[index],
+        sequence_index=sequence_index,
+        advantage=batch.advantage[sequences],
+        group=batch.group[sequences],
+    )
+
+
+def on_policy(batch: TokenBatch) -> TokenBatch:
+    assert batch.top is not None
+    top = dataclasses.replace(batch.top, behaviour=batch.top.current)
+    return dataclasses.replace(batch, behaviour_log_prob=batch.log_prob, recomputed_log_prob=batch.log_prob, top=top)
 
 
 anything_finite = st.one_of(
@@ -97,14 +128,7 @@ def test_order_of_sequences_and_tokens_does_not_matter(objective, batch, data):
     place = torch.argsort(sequences)  # new number of each old sequence
     shuffled = torch.tensor(data.draw(st.permutations(range(len(batch.log_prob)))), dtype=torch.int64)
     order = shuffled[torch.argsort(place[batch.sequence_index][shuffled], stable=True)]
-    permuted = dataclasses.replace(
-        batch,
-        log_prob=batch.log_prob[order],
-        behaviour_log_prob=batch.behaviour_log_prob[order],
-        sequence_index=place[batch.sequence_index][order],
-        loss_mask=batch.loss_mask[order],
-        advantage=batch.advantage[sequences],
-    )
+    permuted = with_tokens(batch, order, place[batch.sequence_index][order], sequences)
     torch.testing.assert_close(
         objective.multiplier(permuted), objective.multiplier(batch)[order], rtol=1e-6, atol=1e-30
     )
@@ -118,14 +142,7 @@ def test_each_sequence_alone_gives_the_same(objective, batch):
     together = objective.multiplier(batch)
     for sequence in range(len(batch.advantage)):
         mine = batch.sequence_index == sequence
-        alone = dataclasses.replace(
-            batch,
-            log_prob=batch.log_prob[mine],
-            behaviour_log_prob=batch.behaviour_log_prob[mine],
-            sequence_index=torch.zeros(int(mine.sum()), dtype=torch.int64),
-            loss_mask=batch.loss_mask[mine],
-            advantage=batch.advantage[sequence : sequence + 1],
-        )
+        alone = with_tokens(batch, mine, torch.zeros(int(mine.sum()), dtype=torch.int64), [sequence])
         assert torch.equal(objective.multiplier(alone), together[mine])
 
 

@@ -47,6 +47,18 @@ def test_kernel_over_weight_is_bounded_for_c1_above_one(c1, c2):
     assert ratio.max().item() == pytest.approx(bound, rel=1e-6)
 
 
+@given(batch=batches(usual), c1=st.floats(1.0, 6.0), c2=constants)
+@quick
+def test_the_bound_of_the_kernel_is_that_of_vespo_and_logged_on_demand(batch, c1, c2):
+    asked, plain = Kernel(c1, c2, variance_bound=True).statistics(batch), Kernel(c1, c2).statistics(batch)
+    assert asked == Vespo(c1, c2, c1, c2).statistics(batch)
+    added = {f"objective/{name}_{s}" for name in ("second_moment", "variance_bound") for s in ("positive", "negative")}
+    assert asked.keys() - plain.keys() <= added and not plain.keys() & added
+    for sign in ("positive", "negative"):
+        if f"objective/phi_{sign}_mean" in plain:
+            assert asked[f"objective/second_moment_{sign}"] <= asked[f"objective/variance_bound_{sign}"] * (1 + 1e-12)
+
+
 def test_kernel_over_weight_is_unbounded_for_c1_below_one():
     ratio = over_grid(Kernel(0.9, 1.0), 1.0) / GRID.exp()
     assert ratio.argmax() == 0 and ratio[0] > math.exp(0.1 * 12)
@@ -185,6 +197,10 @@ def test_statistics_of_gspo(make_batch):
         (lambda: Kernel(c1=None), r"^objective\.c1=None is not allowed"),
         (lambda: Kernel(5.0, 0.0), r"^objective\.c1=5 with objective\.c2=0 gives .*; lower c1 or raise c2$"),
         (lambda: Kernel(0.0, 90.0), r"^objective\.c1=0 with objective\.c2=90 gives"),
+        (
+            lambda: Kernel(0.5, 2.0, variance_bound=True),
+            r"^objective\.variance_bound=true .* objective\.c1=0\.5 below 1.*set objective\.variance_bound=false$",
+        ),
         (lambda: SequenceIs(0.9), r"^objective\.cap=0\.9 is not allowed; give a finite number at least 1$"),
         (lambda: SequenceIs("2"), r"^objective\.cap=2 is not allowed"),
         (lambda: SequenceIs(float("inf")), r"^objective\.cap=inf is not allowed"),

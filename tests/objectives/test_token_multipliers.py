@@ -14,6 +14,8 @@ from test_multipliers import clamp, close, gradient
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.cispo import Cispo
 from vespo_lightning.objectives.dppo import Dppo
+from vespo_lightning.objectives.m2po import M2po
+from vespo_lightning.objectives.minirl import MiniRl
 from vespo_lightning.objectives.minpro import Minpro
 from vespo_lightning.objectives.sapo import Sapo
 
@@ -25,6 +27,8 @@ def with_empty_responses():
     return ratios, [1.0, -2.0, 1.0, 0.7, -1.0, 0.5], masks
 
 
+IN_BOTH_PRECISIONS = [Sapo(), Cispo(), Dppo(), Dppo("binary_kl"), Dppo("topk_tv"), Dppo("topk_kl"), Minpro()]
+IN_BOTH_PRECISIONS += [M2po(), M2po(mode="adaptive_clip"), MiniRl()]
 CASES = LOG_RATIO_CASES | {"empty responses": with_empty_responses}
 case = pytest.mark.parametrize("case", list(CASES))
 
@@ -46,11 +50,12 @@ def log_probs(case: str) -> list[list[tuple[float, float]]]:
 
 
 def probable_batch(make_batch, case: str) -> TokenBatch:
-    """The case with log-probs on both sides, NaN outside the mask."""
+    """The case with log-probs on both sides, NaN outside the mask. Recomputed ones are the engine's, plus noise."""
     batch = make_batch(*CASES[case]())
     pairs = torch.tensor([p for row in log_probs(case) for p in row], dtype=torch.float64).reshape(-1, 2)
     old, new = torch.where(batch.loss_mask[:, None], pairs, float("nan")).unbind(1)
-    return dataclasses.replace(batch, log_prob=new, behaviour_log_prob=old)
+    noise = 0.1 * torch.randn(len(old), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return dataclasses.replace(batch, log_prob=new, behaviour_log_prob=old, recomputed_log_prob=old + noise)
 
 
 def sech_squared(x: float) -> float:
@@ -187,13 +192,14 @@ def test_dppo_equals_autograd_of_masked_surrogate(make_batch, case, name):
     close(ours, gradient(batch, surrogate))
 
 
-@pytest.mark.parametrize("objective", [Sapo(), Cispo(), Dppo(), Dppo("binary_kl"), Minpro()], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", IN_BOTH_PRECISIONS, ids=lambda o: o.name)
 def test_float32_agrees_with_float64(make_batch, objective):
     double = probable_batch(make_batch, "near")
     single = dataclasses.replace(
         double,
         log_prob=double.log_prob.float(),
         behaviour_log_prob=double.behaviour_log_prob.float(),
+        recomputed_log_prob=double.recomputed_log_prob.float(),
         advantage=double.advantage.float(),
     )
     multiplier = objective.multiplier(single)

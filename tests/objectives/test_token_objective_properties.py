@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_objective_properties import anything_finite, batches, quick, usual
+from test_objective_properties import anything_finite, batches, on_policy, quick, usual, with_tokens
 
 from vespo_lightning.objectives.cispo import Cispo
 from vespo_lightning.objectives.dppo import Dppo
+from vespo_lightning.objectives.m2po import M2po
+from vespo_lightning.objectives.minirl import MiniRl
 from vespo_lightning.objectives.minpro import Minpro
 from vespo_lightning.objectives.reinforce import Reinforce
 from vespo_lightning.objectives.sapo import Sapo
@@ -25,11 +27,23 @@ OBJECTIVES = {
     "dppo, tv, extreme": Dppo(threshold=0.0, cap=None),
     "dppo, kl": Dppo("binary_kl"),
     "dppo, kl, extreme": Dppo("binary_kl", threshold=1e30, cap=1e8),
+    "dppo, top-k tv": Dppo("topk_tv"),
+    "dppo, top-k tv, extreme": Dppo("topk_tv", threshold=0.0, cap=None),
+    "dppo, top-k kl": Dppo("topk_kl"),
+    "dppo, top-k kl, extreme": Dppo("topk_kl", threshold=1e30, cap=1e8),
+    "m2po": M2po(),
+    "m2po, extreme": M2po(1e-30),
+    "m2po, adaptive clip": M2po(mode="adaptive_clip"),
+    "m2po, adaptive clip, extreme": M2po(1e-30, "adaptive_clip", None, None),
+    "m2po, adaptive clip, wide": M2po(1e-30, "adaptive_clip", 1.0, 1e30),
+    "minirl": MiniRl(),
+    "minirl, extreme": MiniRl(0.0, 0.0, None),
     "minpro": Minpro(),
     "minpro, extreme": Minpro(1.0, 1e8),
 }
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-every_dppo = pytest.mark.parametrize("objective", [o for o in OBJECTIVES.values() if isinstance(o, Dppo)])
+masking = {key: o for key, o in OBJECTIVES.items() if isinstance(o, Dppo | M2po | MiniRl)}
+every_masking = pytest.mark.parametrize("objective", masking.values(), ids=masking.keys())
 
 
 @every_objective
@@ -56,14 +70,7 @@ def test_no_advantage_or_no_mask_gives_exactly_zero(objective, batch):
 def test_masked_tokens_leave_the_loss_and_every_weight(objective, batch):
     """The others get what they get when the masked ones were never there."""
     kept = batch.loss_mask
-    without = dataclasses.replace(
-        batch,
-        log_prob=batch.log_prob[kept],
-        behaviour_log_prob=batch.behaviour_log_prob[kept],
-        sequence_index=batch.sequence_index[kept],
-        loss_mask=batch.loss_mask[kept],
-        version_made=batch.version_made[kept],
-    )
+    without = with_tokens(batch, kept, batch.sequence_index[kept], range(len(batch.advantage)))
     hidden = dataclasses.replace(batch, log_prob=torch.where(kept, batch.log_prob, float("nan")))
     assert torch.equal(objective.multiplier(hidden)[kept], objective.multiplier(without))
 
@@ -72,18 +79,13 @@ def test_masked_tokens_leave_the_loss_and_every_weight(objective, batch):
 @given(batch=batches(usual), data=st.data())
 @quick
 def test_order_and_company_of_sequences_do_not_matter(objective, batch, data):
+    """Of mini-batch scope only the order does not."""
     sequences = data.draw(st.permutations(range(len(batch.advantage))))
-    sequences = sequences[: data.draw(st.integers(1, len(sequences)))]
+    if objective.scope != "mini-batch":
+        sequences = sequences[: data.draw(st.integers(1, len(sequences)))]
     order = torch.cat([(batch.sequence_index == s).nonzero()[:, 0] for s in sequences])
     lengths = torch.tensor([int((batch.sequence_index == s).sum()) for s in sequences])
-    chosen = dataclasses.replace(
-        batch,
-        log_prob=batch.log_prob[order],
-        behaviour_log_prob=batch.behaviour_log_prob[order],
-        sequence_index=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
-        loss_mask=batch.loss_mask[order],
-        advantage=batch.advantage[list(sequences)],
-    )
+    chosen = with_tokens(batch, order, torch.repeat_interleave(torch.arange(len(sequences)), lengths), sequences)
     # rtol: the vectorised exponential rounds by its place in the tensor
     torch.testing.assert_close(objective.multiplier(chosen), objective.multiplier(batch)[order], rtol=1e-6, atol=1e-30)
 
@@ -92,16 +94,20 @@ def test_order_and_company_of_sequences_do_not_matter(objective, batch, data):
 @given(batch=batches(usual))
 @quick
 def test_on_policy_multiplier_is_that_of_reinforce(objective, batch):
-    fresh = dataclasses.replace(batch, behaviour_log_prob=batch.log_prob)
+    fresh = on_policy(batch)
     assert torch.equal(objective.multiplier(fresh), Reinforce().multiplier(fresh))
 
 
-@every_dppo
+@every_masking
 @given(batch=batches(anything_finite))
 @quick
-def test_dppo_masks_nothing_that_moves_towards_one(objective, batch):
+def test_masks_never_fire_when_the_ratio_moves_towards_one(objective, batch):
+    """The ratio that the mask looks at: MiniRL's is the recomputed one."""
+    seen = dataclasses.replace(batch, denominator="recomputed") if isinstance(objective, MiniRl) else batch
     advantage = batch.advantage[batch.sequence_index]
-    towards = (advantage * batch.log_ratio <= 0) & batch.loss_mask
+    towards = (advantage.sign() * seen.log_ratio <= 0) & batch.loss_mask
+    if isinstance(objective, M2po):  # beyond the clamp of the log-ratio there is no gradient, masked or not
+        towards &= seen.log_ratio.abs() <= 20
     assert (objective.coefficient(batch)[towards] > 0).all()
 
 

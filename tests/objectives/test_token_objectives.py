@@ -14,10 +14,14 @@ from hydra.utils import instantiate
 from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.cispo import Cispo
 from vespo_lightning.objectives.dppo import Dppo
+from vespo_lightning.objectives.m2po import M2po
+from vespo_lightning.objectives.minirl import MiniRl
 from vespo_lightning.objectives.minpro import Minpro, log_prefix_minimum
 from vespo_lightning.objectives.sapo import Sapo
 
-CLASSES = {"sapo": Sapo, "cispo": Cispo, "dppo": Dppo, "minpro": Minpro}
+CLASSES = {"sapo": Sapo, "cispo": Cispo, "dppo": Dppo, "minpro": Minpro, "m2po": M2po, "minirl": MiniRl}
+NAN_VISIBLE = [Sapo(), Cispo(), Dppo(), Dppo("binary_kl"), Dppo("topk_tv"), Dppo("topk_kl"), Minpro(), MiniRl()]
+NAN_VISIBLE += [M2po(), M2po(mode="adaptive_clip")]
 R05, R2, R8 = (math.log(r) for r in (0.5, 2.0, 8.0))
 
 
@@ -181,7 +185,7 @@ def test_minpro_statistics(make_batch):
 # ---- NaN and refusals ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [Sapo(), Cispo(), Dppo(), Dppo("binary_kl"), Minpro()], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", NAN_VISIBLE, ids=lambda o: o.name)
 def test_nan_in_the_loss_stays_visible(make_batch, objective):
     """For MinPRO in the rest of the response too."""
     batch = make_batch([[0.1, float("nan")], [0.1]], [1.0, 1.0])
@@ -203,6 +207,13 @@ def test_nan_in_the_loss_stays_visible(make_batch, objective):
         (Dppo, "threshold", -0.1),
         (Dppo, "threshold", "wide"),
         (Dppo, "cap", 0.5),
+        (M2po, "budget", 0.0),
+        (M2po, "budget", float("nan")),
+        (M2po, "miniclip_low", 1.5),
+        (M2po, "miniclip_high", -0.1),
+        (MiniRl, "clip_low", 1.1),
+        (MiniRl, "clip_high", -0.1),
+        (MiniRl, "cap", 0.5),
         (Minpro, "ratio_max", 0.9),
         (Minpro, "ratio_min", -0.1),
     ],
@@ -212,6 +223,10 @@ def test_invalid_values_are_named(kind, key, value):
         kind(**{key: value})
 
 
-def test_top_k_divergence_is_refused_with_the_reason():
-    with pytest.raises(UserError, match=r"^objective\.divergence=top_k is not available; use binary_tv or binary_kl"):
-        Dppo("top_k")
+def test_unknown_choices_are_named():
+    with pytest.raises(
+        UserError, match=r"^objective\.divergence=tv is unknown; valid: binary_tv, binary_kl, topk_tv, topk"
+    ):
+        Dppo("tv")
+    with pytest.raises(UserError, match=r"^objective\.mode=clip is unknown; valid: mask, adaptive_clip"):
+        M2po(mode="clip")

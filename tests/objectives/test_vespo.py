@@ -70,8 +70,8 @@ def test_statistics(make_batch):
     batch = make_batch(ratios, advantages, masks)
     kernel = {w: (math.exp(2 * w + 3 - 3 * math.exp(w)), math.exp(3 * w + 2 - 2 * math.exp(w))) for w in (-3.0, 0.5)}
     low_positive, (low_negative, high_negative) = kernel[-3.0][0], (kernel[-3.0][1], kernel[0.5][1])
-    assert Vespo().statistics(batch) == pytest.approx(
-        {
+    assert Vespo(variance_bound=False).statistics(batch) == pytest.approx(
+        common := {
             "objective/coefficient_positive_mean": (1 + low_positive) / 2,
             "objective/coefficient_negative_mean": (2 * low_negative + high_negative + 0) / 4,
             "objective/zero_share": 1 / 6,
@@ -83,6 +83,13 @@ def test_statistics(make_batch):
         },
         rel=1e-9,
     )
+    both_sides = {
+        "objective/second_moment_positive": (1 + low_positive**2) / 2,
+        "objective/variance_bound_positive": math.exp(2) / 3 * (1 + low_positive * math.exp(-3)) / 2,
+        "objective/second_moment_negative": (low_negative**2 + high_negative**2) / 3,
+        "objective/variance_bound_negative": (low_negative * math.exp(-3) + high_negative * math.exp(0.5)) / 3,
+    }
+    assert Vespo().statistics(batch) == pytest.approx(common | both_sides, rel=1e-9)
 
 
 def test_statistics_without_active_sequences_are_absent(make_batch):
@@ -103,5 +110,5 @@ def test_constants_that_overflow_float32_are_refused(make_batch):
         Vespo(c1_positive=0.0, c2_positive=90.0)
     grid = [x / 10 for x in range(-200, 210)]
     for c1, c2 in [(4.0, 0.0), (0.0, 80.0), (9.0, 0.001)]:
-        values = phi(make_batch, Vespo(c1, c2), grid, 1.0, torch.float32)
+        values = phi(make_batch, Vespo(c1, c2, variance_bound=False), grid, 1.0, torch.float32)
         assert values.isfinite().all() and values.max() > 1e30

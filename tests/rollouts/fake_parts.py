@@ -18,9 +18,10 @@ from vespo_lightning.tasks.base import Problem, Task, Verdict
 
 
 class FakePolicy:
-    """One weight; its log-probs depend on it."""
+    """One weight; its log-probs depend on it. Its reference has a weight of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, reference: float = -2.0) -> None:
+        self.reference = reference
         self.weight = torch.ones(3)
         self.policy_version = 0
 
@@ -36,6 +37,12 @@ class FakePolicy:
 
     def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         return [np.full(len(s.response_ids), -float(self.weight[0]), dtype=np.float32) for s in samples]
+
+    def reference_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return [self.reference * s.response_ids.astype(np.float32) / 24 for s in samples]
+
+    def reference_checksum(self) -> str:
+        return f"{-self.reference:g}"
 
 
 def score(weight: Tensor, sequence: Sequence[int]) -> np.ndarray:
@@ -61,9 +68,9 @@ class FakeEngine(RolloutEngine):
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         self.calls.append(list(requests))
         self.sampling.append(sampling)
-        return [self._respond(request, sampling.max_new_tokens) for request in requests]
+        return [self._respond(request, sampling.max_new_tokens, sampling.top_log_probs) for request in requests]
 
-    def _respond(self, request: GenerationRequest, limit: int) -> Generation:
+    def _respond(self, request: GenerationRequest, limit: int, top: int) -> Generation:
         rng = np.random.default_rng([request.seed, *request.prompt_ids, int(self.weight[0])])
         truncated = rng.random() < 0.5
         length = limit if truncated else int(rng.integers(1, limit + 1))
@@ -71,7 +78,11 @@ class FakeEngine(RolloutEngine):
         if not truncated:
             ids[-1] = 1
         log_probs = -rng.random(length).astype(np.float32)
-        return Generation(ids, log_probs, "length" if truncated else "stop")
+        generation = Generation(ids, log_probs, "length" if truncated else "stop")
+        if top:
+            generation.top_ids = rng.integers(0, 24, (length, top)).astype(np.int32)
+            generation.top_log_probs = -np.sort(rng.random((length, top)).astype(np.float32), axis=1)
+        return generation
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.weight = dict(tensors)["weight"].clone()
@@ -117,6 +128,17 @@ class FakeTask(Task):
 
     def close(self) -> None:
         self.closed = True
+
+
+class UnevenTask(FakeTask):
+    """Every third problem is hopeless; elsewhere the reward is 0 or 1, so that some groups are uniform by chance."""
+
+    def verify(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Verdict]:
+        judged = super().verify(problems, responses)
+        return [
+            Verdict(0.0 if int(problem.reference) % 3 == 0 else float(verdict.reward >= 0.5), verdict.error)
+            for problem, verdict in zip(problems, judged, strict=True)
+        ]
 
 
 def make_producer(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from fake_parts import FakePolicy, FakeTask, make_producer, same_samples
@@ -13,9 +14,11 @@ from pieces import make_trainer
 
 from vespo_lightning.callbacks.staleness_scheduler import StalenessScheduler
 from vespo_lightning.errors import UserError
-from vespo_lightning.objectives.advantages import GroupMean
+from vespo_lightning.objectives.advantages import GroupMean, GroupMeanStd, LeaveOneOut
+from vespo_lightning.objectives.kl import KlPenalty
 from vespo_lightning.rollouts.loader import RolloutLoader
 from vespo_lightning.rollouts.sample import MiniBatch
+from vespo_lightning.tasks.base import Verdict
 
 UPDATES = 10
 
@@ -30,9 +33,19 @@ class Sizes:
         return self.sizes[min(rollout, len(self.sizes) - 1)]
 
 
-def make_loader(folder, sizes=None, policy=None, task=None, updates=UPDATES, **options) -> RolloutLoader:
+def make_loader(
+    folder, sizes=None, policy=None, task=None, updates=UPDATES, passes=1, kl=None, advantage=None, **options
+) -> RolloutLoader:
     producer = make_producer(folder, task, policy, **options)
-    return RolloutLoader(producer, sizes or Sizes(4), GroupMean(), updates=updates, mini_batch_size=8)
+    return RolloutLoader(
+        producer,
+        sizes or Sizes(4),
+        advantage or GroupMean(),
+        updates=updates,
+        mini_batch_size=8,
+        passes=passes,
+        kl=kl,
+    )
 
 
 def run(loader: RolloutLoader, policy: FakePolicy, stop: int | None = None) -> list[MiniBatch]:
@@ -48,8 +61,8 @@ def run(loader: RolloutLoader, policy: FakePolicy, stop: int | None = None) -> l
 
 def same_batches(a: list[MiniBatch], b: list[MiniBatch]) -> bool:
     return len(a) == len(b) and all(
-        (x.update, x.rollout, x.position, x.rollout_size, x.in_loss)
-        == (y.update, y.rollout, y.position, y.rollout_size, y.in_loss)
+        (x.update, x.rollout, x.position, x.rollout_size, x.in_loss, x.pass_number)
+        == (y.update, y.rollout, y.position, y.rollout_size, y.in_loss, y.pass_number)
         and torch.equal(x.advantages, y.advantages)
         and same_samples(x.samples, y.samples)
         for x, y in zip(a, b, strict=True)
@@ -165,6 +178,141 @@ def test_reward_errors_are_part_of_the_state(tmp_path):
 def test_mini_batches_hold_whole_groups(tmp_path, size):
     with pytest.raises(UserError, match=rf"^mini_batch_size={size} is not a multiple of rollout\.group_size=4"):
         RolloutLoader(make_producer(tmp_path), Sizes(1), GroupMean(), updates=1, mini_batch_size=size)
+
+
+# ---- several passes --------------------------------------------------------------------------------------------
+
+
+def test_passes_repeat_the_mini_batches_in_order(tmp_path):
+    policy = FakePolicy()
+    loader = make_loader(tmp_path, Sizes(3), policy, updates=14, passes=2)
+    batches = run(loader, policy)
+    assert [b.update for b in batches] == list(range(14))
+    assert [b.rollout for b in batches] == [0] * 6 + [1] * 6 + [2] * 2
+    assert [b.pass_number for b in batches] == [0, 0, 0, 1, 1, 1] * 2 + [0, 0]
+    assert [b.position for b in batches] == [0, 1, 2, 3, 4, 5] * 2 + [0, 1]  # updates since the rollout was made
+    assert [b.rollout_size for b in batches] == [3] * 12 + [2] * 2  # what two updates can use of the last rollout
+    assert [bool(b.rollout_metrics) for b in batches] == [b.position == 0 for b in batches]
+    for first, second in zip(batches[:3], batches[3:6], strict=True):
+        assert same_samples(first.samples, second.samples) and torch.equal(first.advantages, second.advantages)
+    made = [b.samples[0].version_runs[0][0] for b in batches]
+    assert made == [0] * 6 + [6] * 6 + [12] * 2
+    assert sum(map(len, loader.producer.engine.calls)) == 8 * (3 + 3 + 2)
+
+
+def test_a_run_may_end_within_a_pass(tmp_path):
+    """The rollout is cut to the updates that are left, not to those left over by its passes."""
+    policy = FakePolicy()
+    batches = run(make_loader(tmp_path, Sizes(3), policy, updates=5, passes=3), policy)
+    assert [(b.pass_number, b.rollout_size) for b in batches] == [(0, 3)] * 3 + [(1, 3)] * 2
+
+
+@pytest.mark.parametrize("stop", range(1, UPDATES))
+def test_going_on_within_a_pass(tmp_path, stop):
+    policy = FakePolicy()
+    whole = run(make_loader(tmp_path / "whole", Sizes(2, 1), policy, passes=3), policy)
+    assert {b.rollout for b in whole} == {0, 1, 2}
+    policy = FakePolicy()
+    first = make_loader(tmp_path / "a", Sizes(2, 1), policy, passes=3)
+    seen = run(first, policy, stop)
+    resumed = make_loader(tmp_path / "a", Sizes(2, 1), policy, passes=3)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    rest = run(resumed, policy)
+    assert same_batches(seen + rest, whole)
+    made = {b.rollout for b in rest} - {seen[-1].rollout}
+    assert sum(map(len, resumed.producer.engine.calls)) == sum(8 * (2, 1, 1)[rollout] for rollout in made)
+
+
+@pytest.mark.parametrize("passes", [0, -1])
+def test_no_pass_at_all_is_refused(tmp_path, passes):
+    with pytest.raises(UserError, match=rf"^rollout\.passes={passes} "):
+        make_loader(tmp_path, passes=passes)
+
+
+# ---- KL penalty ------------------------------------------------------------------------------------------------
+
+
+def reward_k1(coefficient: float) -> KlPenalty:
+    return KlPenalty(coefficient, "k1", "reward")
+
+
+@pytest.mark.parametrize("advantage", [GroupMean(), LeaveOneOut(), GroupMeanStd()], ids=lambda a: a.name)
+def test_a_penalty_in_the_reward_moves_advantages(tmp_path, advantage):
+    plain = next(iter(make_loader(tmp_path, advantage=advantage, reference=True)))
+    batch = next(iter(make_loader(tmp_path, advantage=advantage, reference=True, kl=reward_k1(0.3))))
+    assert same_samples(batch.samples, plain.samples) and torch.equal(batch.rewards, plain.rewards)  # task rewards
+    penalised = [
+        s.reward - 0.3 * sum((s.behaviour_log_probs.astype(float) - s.reference_log_probs.astype(float)).tolist())
+        for s in batch.samples
+    ]
+    wanted = advantage(torch.tensor(penalised, dtype=torch.float64), batch.group_index())
+    assert torch.allclose(batch.advantages, wanted, rtol=1e-6, atol=1e-6)
+    assert (batch.advantages - plain.advantages).abs().max() > 0.05
+
+
+def test_equal_rewards_far_from_the_reference_are_penalised(tmp_path):
+    """A group that the task says nothing about still says who went astray."""
+
+    class Constant(FakeTask):
+        def verify(self, problems, responses):
+            return [Verdict(1.0)] * len(responses)
+
+    plain = next(iter(make_loader(tmp_path, task=Constant(), reference=True)))
+    batch = next(iter(make_loader(tmp_path, task=Constant(), reference=True, kl=reward_k1(0.1))))
+    assert plain.advantages.abs().max() == 0
+    assert (batch.advantages != 0).all()
+    for group in (slice(0, 4), slice(4, 8)):
+        order = sorted(batch.reward_penalty[group].tolist(), reverse=True)
+        assert [order.index(p) for p in batch.reward_penalty[group].tolist()] == [
+            sorted(batch.advantages[group].tolist()).index(a) for a in batch.advantages[group].tolist()
+        ]
+
+
+@pytest.mark.parametrize("kl", [KlPenalty(0.5, "k3", "loss"), KlPenalty(0.5, "k2", "loss"), reward_k1(0.0)])
+def test_a_penalty_in_the_loss_leaves_advantages(tmp_path, kl):
+    plain = next(iter(make_loader(tmp_path, reference=True)))
+    batch = next(iter(make_loader(tmp_path, reference=True, kl=kl)))
+    assert torch.equal(batch.advantages, plain.advantages)
+
+
+def test_tokens_not_written_by_the_policy_cost_nothing(tmp_path):
+    loader = make_loader(tmp_path, reference=True, kl=reward_k1(0.3))
+    batch = next(iter(loader))
+    for sample in loader._current.samples:
+        sample.loss_mask[0] = False
+        sample.behaviour_log_probs[0] = np.nan
+    loader._position = 0
+    masked = loader._next()
+    for i, sample in enumerate(masked.samples):
+        rest = sample.behaviour_log_probs[1:].astype(float) - sample.reference_log_probs[1:].astype(float)
+        assert masked.reward_penalty[i].item() == pytest.approx(0.3 * rest.sum())
+    assert not torch.equal(masked.reward_penalty, batch.reward_penalty)
+
+
+def test_a_penalty_needs_a_reference(tmp_path):
+    with pytest.raises(UserError, match=r"needs a producer with reference=True"):
+        make_loader(tmp_path, kl=reward_k1(0.1))
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_another_reference_is_refused_on_resume(tmp_path, stop):
+    """Within a rollout and between two."""
+    policy = FakePolicy()
+    loader = make_loader(tmp_path, policy=policy, reference=True, kl=reward_k1(0.1))
+    seen = run(loader, policy, stop)
+    state = loader.state_dict()
+    policy.reference = -3.0
+    resumed = make_loader(tmp_path, policy=policy, reference=True, kl=reward_k1(0.1))
+    resumed.load_state_dict(state)
+    with pytest.raises(UserError, match=r"^kl\.reference .* \(checksum 3, it was 2\); put them back and resume"):
+        next(iter(resumed))
+    assert resumed.producer.engine.calls == []
+    policy.reference = -2.0
+    resumed.load_state_dict(state)
+    assert [b.update for b in [*seen, *run(resumed, policy)]] == list(range(UPDATES))
+
+
+# ---- under Lightning -------------------------------------------------------------------------------------------
 
 
 class Stepping(L.LightningModule):

@@ -125,6 +125,10 @@ def test_what_is_on_the_disk_is_not_made_again(tmp_path):
         {"truncated_reward": -1.0},
         {"shuffle_rewards": True},
         {"recompute": True},
+        {"top_p": 0.9},
+        {"top_k": 3},
+        {"top_log_probs": 2},
+        {"reference": True},
     ],
 )
 def test_other_settings_make_a_rollout_anew(tmp_path, change):
@@ -201,6 +205,41 @@ def test_recomputed_log_probs_are_the_trainers(tmp_path):
     for sample in made.samples:
         assert sample.recomputed_log_probs.tolist() == [-1.0] * len(sample.response_ids)
     assert made.metrics["performance/recompute_seconds"] >= 0
+
+
+def test_what_is_asked_of_the_engine_is_kept(tmp_path):
+    """Also by the store, and nothing of it changes the responses of this engine."""
+    producer = make_producer(tmp_path, temperature=0.7, top_p=0.9, top_k=20, top_log_probs=3)
+    made = producer.produce(0, prompts())
+    assert set(producer.engine.sampling) == {SamplingParams(0.7, 6, 0.9, 20, 3)}
+    for sample in made.samples:
+        assert sample.top_ids.shape == sample.top_log_probs.shape == (len(sample.response_ids), 3)
+        assert (sample.top_ids.dtype, sample.top_log_probs.dtype) == (np.int32, np.float32)
+    assert same_samples(producer.reload(0, made.identity).samples, made.samples)
+    plain = produce(make_producer(tmp_path / "plain"))
+    assert all(sample.top_ids is None and sample.top_log_probs is None for sample in plain)
+    assert [s.text for s in plain] == [s.text for s in made.samples]
+
+
+def test_reference_log_probs_are_stored(tmp_path):
+    producer = make_producer(tmp_path, reference=True)
+    made = producer.produce(0, prompts())
+    for sample in made.samples:
+        assert sample.reference_log_probs.tolist() == (-2 * sample.response_ids.astype(np.float32) / 24).tolist()
+    assert made.metrics["performance/reference_seconds"] >= 0
+    assert same_samples(producer.reload(0, made.identity).samples, made.samples)
+    plain = make_producer(tmp_path / "plain").produce(0, prompts())
+    assert plain.samples[0].reference_log_probs is None and plain.identity["reference"] is None
+    assert "performance/reference_seconds" not in plain.metrics
+
+
+def test_another_reference_makes_a_rollout_anew(tmp_path):
+    """Its chunks hold log-probs that are not those of the reference any more."""
+    produce(make_producer(tmp_path, reference=True))
+    producer = make_producer(tmp_path, policy=FakePolicy(reference=-3.0), reference=True)
+    samples = produce(producer)
+    assert len(producer.engine.calls) == 3
+    assert samples[0].reference_log_probs.tolist() == (-3 * samples[0].response_ids.astype(np.float32) / 24).tolist()
 
 
 def errors_in(samples: list[Sample]) -> int:

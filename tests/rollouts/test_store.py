@@ -45,6 +45,9 @@ def samples(count: int = 5, extras: bool = True) -> list[Sample]:
                 reward=0.1 * i,
                 reward_error=None if i else "took longer than 5 s",
                 recomputed_log_probs=log_probs[::-1].copy() if extras else None,
+                reference_log_probs=2 * log_probs if extras else None,
+                top_ids=rng.integers(0, 9, (t, 3)).astype(np.int32) if extras else None,
+                top_log_probs=rng.standard_normal((t, 3)).astype(np.float32) if extras else None,
                 routed_experts=routing if extras else None,
                 router_top_probs=rng.random(routing.shape).astype(np.float16) if extras else None,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vespo_lightning.rollouts import transformers_engine
 from vespo_lightning.rollouts.engine import Generation, GenerationRequest, SamplingParams
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.transformers_engine import TransformersEngine
+from vespo_lightning.rollouts.truncation import EXCLUDED_LOG_PROB, truncate
 from vespo_lightning.rollouts.weight_check import fingerprint
 from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.module import PolicyModule
@@ -70,7 +72,7 @@ def same(a: Sequence[Generation], b: Sequence[Generation]) -> bool:
         x.finish_reason == y.finish_reason
         and all(
             equal(getattr(x, name), getattr(y, name))
-            for name in ("token_ids", "log_probs", "routed_experts", "router_top_probs")
+            for name in ("token_ids", "log_probs", "top_ids", "top_log_probs", "routed_experts", "router_top_probs")
         )
         for x, y in zip(a, b, strict=True)
     )
@@ -215,6 +217,125 @@ def test_first_tokens_follow_the_softmax(engine, temperature):
     point = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert statistic < point
     assert abs(float(np.mean([g.log_probs[0] for g in sampled])) - float((probs * np.log(probs)).sum())) < 0.1
+
+
+@torch.no_grad()
+def distributions(model: PreTrainedModel, request: GenerationRequest, g: Generation, temperature: float) -> np.ndarray:
+    """float64 [T, V] log-probs at each response position, before truncation, from one plain forward pass."""
+    ids = torch.tensor([[*request.prompt_ids, *g.token_ids.tolist()]])
+    logits = model(ids, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].double()
+    return torch.log_softmax(logits / temperature, -1).numpy()
+
+
+def kept_by_hand(log_probs: np.ndarray, top_k: int | None, top_p: float) -> dict[int, float]:
+    """Log-prob by token of the truncated, renormalised distribution: one token after the other."""
+    ranked = sorted(range(len(log_probs)), key=lambda token: -log_probs[token])[:top_k]
+    probs = [math.exp(log_probs[token]) for token in ranked]
+    kept, mass = [], 0.0
+    for token, prob in zip(ranked, probs, strict=True):
+        kept.append(token)
+        mass += prob
+        if mass >= top_p * math.fsum(probs):
+            break
+    return {token: log_probs[token] - math.log(mass) for token in kept}
+
+
+TRUNCATIONS = [(None, 0.9), (None, 0.3), (5, 1.0), (1, 1.0), (12, 0.8), (10**6, 0.999)]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), TRUNCATIONS)
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_truncated_sampling_returns_log_probs_of_what_is_kept(engine, temperature, top_k, top_p):
+    sampling = SamplingParams(temperature, LIMIT, top_p=top_p, top_k=top_k, top_log_probs=20)
+    sizes = set()
+    for request, g in zip(requests(), engine.generate(requests(), sampling), strict=True):
+        for t, untruncated in enumerate(distributions(tiny_policy(), request, g, temperature)):
+            kept = kept_by_hand(untruncated, top_k, top_p)
+            sizes.add(len(kept))
+            assert abs(g.log_probs[t] - kept[int(g.token_ids[t])]) < 1e-5
+            shown = g.top_log_probs[t] > EXCLUDED_LOG_PROB
+            assert set(g.top_ids[t, shown].tolist()) == set(list(kept)[:20])
+            assert shown.sum() == min(len(kept), 20)
+            wanted = [kept[int(token)] for token in g.top_ids[t, shown]]
+            assert np.abs(g.top_log_probs[t, shown] - wanted).max() < 1e-5
+    assert len(sizes) > 1 or sizes == {top_k}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_likeliest_tokens_are_those_of_a_full_forward(engine, temperature):
+    """In descending order, at the sampling temperature (1 for greedy decoding), and nothing else changes."""
+    plain = engine.generate(requests(), SamplingParams(temperature, LIMIT))
+    generations = engine.generate(requests(), SamplingParams(temperature, LIMIT, top_log_probs=7))
+    for request, before, g in zip(requests(), plain, generations, strict=True):
+        assert before.top_ids is None and before.top_log_probs is None
+        assert np.array_equal(before.token_ids, g.token_ids) and np.array_equal(before.log_probs, g.log_probs)
+        assert (g.top_ids.dtype, g.top_log_probs.dtype) == (np.int32, np.float32)
+        assert g.top_ids.shape == g.top_log_probs.shape == (len(g.token_ids), 7)
+        wanted = distributions(tiny_policy(), request, g, temperature or 1.0)
+        order = np.argsort(-wanted, axis=-1)[:, :7]
+        assert np.array_equal(g.top_ids, order)
+        assert np.abs(g.top_log_probs - np.take_along_axis(wanted, order, -1)).max() < 1e-5
+        assert (np.diff(g.top_log_probs) <= 0).all()
+        inside = g.top_ids == g.token_ids[:, None]
+        assert np.array_equal(g.top_log_probs[inside], g.log_probs[inside.any(-1)])
+
+
+def test_greedy_decoding_truncates_nothing(engine):
+    plain = engine.generate(requests(), SamplingParams(0.0, LIMIT))
+    assert same(engine.generate(requests(), SamplingParams(0.0, LIMIT, top_p=0.5, top_k=3)), plain)
+
+
+def test_limits_that_keep_everything_change_no_bit(engine):
+    plain = engine.generate(requests(), SamplingParams(1.0, LIMIT))
+    assert same(engine.generate(requests(), SamplingParams(1.0, LIMIT, top_p=1.0, top_k=10**6)), plain)
+
+
+def test_nothing_is_sorted_unless_asked_for(engine, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("sorted")
+
+    for name in ("sort", "topk", "argsort", "kthvalue"):
+        monkeypatch.setattr(torch, name, refuse)
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    logits = torch.randn(3, 50)
+    assert truncate(logits, None, 1.0) is logits
+    with pytest.raises(AssertionError, match="sorted"):
+        truncate(logits, None, 0.9)
+    with pytest.raises(AssertionError, match="sorted"):
+        truncate(logits, 4, 1.0)
+
+
+def test_tokens_as_likely_as_the_last_kept_one_are_kept():
+    logits = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0, 1.0]])
+    assert (truncate(logits, 2, 1.0) > -math.inf).tolist() == [[False, True, False, True, False, True]]
+    assert (truncate(logits, None, 0.5) > -math.inf).tolist() == [[False, True, False, True, False, True]]
+    assert (truncate(logits, None, 0.01) > -math.inf).tolist() == [[False, False, False, True, False, False]]
+    assert (truncate(logits, None, 0.9) > -math.inf).all()
+    # top-p counts the mass of what top-k has left: 2 holds e / (e + 2) = 0.58 of it
+    assert (truncate(logits, 3, 0.57) > -math.inf).sum() == 1
+    assert (truncate(logits, None, 0.57) > -math.inf).sum() == 3
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 1.0), (None, 0.8), (9, 0.9)])
+def test_nothing_around_a_truncated_request_changes_it(folder, engine, top_k, top_p):
+    sampling = SamplingParams(1.0, LIMIT, top_p=top_p, top_k=top_k, top_log_probs=6)
+    together = engine.generate(requests(), sampling)
+    assert same(engine.generate(requests(), sampling), together)
+    alone = [engine.generate([request], sampling)[0] for request in requests()]
+    in_fives = started(folder, batch_size=5).generate(requests()[::-1], sampling)[::-1]
+    for others in (alone, in_fives):
+        for a, b in zip(together, others, strict=True):
+            assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.top_ids, b.top_ids)
+            assert np.abs(a.log_probs - b.log_probs).max() < 1e-5
+            assert np.abs(a.top_log_probs - b.top_log_probs).max() < 1e-5
+
+
+def test_more_likeliest_tokens_than_tokens_are_refused(engine):
+    vocabulary = engine.model.config.vocab_size
+    whole = engine.generate(requests(2), SamplingParams(1.0, 2, top_log_probs=vocabulary))
+    assert np.allclose(np.exp(whole[0].top_log_probs.astype(np.float64)).sum(-1), 1, atol=1e-5)
+    with pytest.raises(UserError, match=rf"^rollout\.top_log_probs={vocabulary + 1} is more than .*={vocabulary} or"):
+        engine.generate(requests(2), SamplingParams(1.0, 2, top_log_probs=vocabulary + 1))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])

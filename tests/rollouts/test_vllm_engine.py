@@ -25,7 +25,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts import vllm_weights
 from vespo_lightning.rollouts.engine import Generation, GenerationRequest, SamplingParams
-from vespo_lightning.rollouts.vllm_engine import VllmEngine
+from vespo_lightning.rollouts.transformers_engine import TransformersEngine
+from vespo_lightning.rollouts.truncation import EXCLUDED_LOG_PROB, truncate
+from vespo_lightning.rollouts.vllm_engine import MAX_TOP_LOG_PROBS, VllmEngine
 from vespo_lightning.rollouts.weight_check import (
     CorruptWeightsError,
     StaleWeightsError,
@@ -315,6 +317,81 @@ def test_sampled_tokens_follow_the_distribution(engine):
     generations = engine.generate([GenerationRequest(prompt, 10**12 + i) for i in range(count)], SamplingParams(0.7, 1))
     seen = np.bincount([g.token_ids[0] for g in generations], minlength=VOCAB) / count
     assert np.abs(seen - expected[:VOCAB]).max() < 4 * 0.5 / count**0.5
+
+
+def _reference_distributions(model, request: GenerationRequest, generation: Generation, temperature: float):
+    """float64 [T, V] log-probs before truncation, by transformers, without the positions after an expert flip."""
+    ids = torch.tensor([*request.prompt_ids, *generation.token_ids.tolist()])
+    _, experts = _reference(model, request, generation, temperature)
+    differs = (np.sort(generation.routed_experts, -1) != np.sort(experts, -1)).any((1, 2))
+    unaffected = ~np.maximum.accumulate(differs)[len(request.prompt_ids) - 1 :]
+    logits = model(ids[None, :-1]).logits[0, len(request.prompt_ids) - 1 :].double() / temperature
+    return torch.log_softmax(logits, -1)[unaffected]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, None, 1.0), (0.8, 5, 1.0), (1.3, None, 0.8), (1.0, 8, 0.7)]
+)
+def test_likeliest_and_truncated_log_probs(engine, temperature, top_k, top_p):
+    """Those of the truncated, renormalised distribution: temperature, then top-k, then top-p."""
+    model = _load(engine, 13)
+    sampling = SamplingParams(temperature, 24, top_p=top_p, top_k=top_k, top_log_probs=6)
+    generations = engine.generate(_requests() + _requests(50), sampling)
+    positions = 0
+    for request, g in zip(_requests() * 2, generations, strict=True):
+        assert (g.top_ids.dtype, g.top_log_probs.dtype, g.log_probs.dtype) == (np.int32, np.float32, np.float32)
+        assert g.top_ids.shape == g.top_log_probs.shape == (len(g.token_ids), 6)
+        distributions = _reference_distributions(model, request, g, temperature)
+        kept = torch.log_softmax(truncate(distributions, top_k, top_p), -1)
+        positions += len(kept)
+        for t, (before, after) in enumerate(zip(distributions.numpy(), kept.numpy(), strict=True)):
+            assert abs(g.log_probs[t] - after[g.token_ids[t]]) < 1e-4
+            order = np.argsort(-before)[:6]
+            shown = np.isfinite(after[order])
+            assert np.array_equal(g.top_ids[t, shown], order[shown])
+            assert np.abs(g.top_log_probs[t, shown] - after[order][shown]).max() < 1e-4
+            assert (g.top_log_probs[t, ~shown] == EXCLUDED_LOG_PROB).all()
+    assert positions > 150
+
+
+def test_likeliest_log_probs_equal_those_of_the_embedded_engine(engine, model_path):
+    """On the same tokens: each engine's own sampling goes other ways."""
+    model, embedded = _load(engine, 14), TransformersEngine(device="cpu")
+    embedded.start(model_path)
+    embedded.load_weights(_tensors(model), 1)
+    compared = 0
+    for temperature, top_k, top_p in [(0.0, None, 1.0), (0.9, 1, 1.0), (1.2, 1, 0.9)]:
+        sampling = SamplingParams(temperature, 16, top_p=top_p, top_k=top_k, top_log_probs=5)
+        for a, b in zip(engine.generate(_requests(), sampling), embedded.generate(_requests(), sampling), strict=True):
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            shown = b.top_log_probs > EXCLUDED_LOG_PROB
+            assert shown.sum() == len(b.token_ids) * (1 if top_k else 5)
+            assert np.array_equal(a.top_ids[shown], b.top_ids[shown])
+            assert np.abs(a.top_log_probs - b.top_log_probs).max() < 1e-4
+            compared += len(b.token_ids)
+    assert compared > 100
+
+
+def test_truncated_sampling_is_repeatable(engine):
+    sampling = SamplingParams(1.0, 24, top_p=0.9, top_k=10, top_log_probs=4)
+    model = _load(engine, 15)
+    first = engine.generate(_requests(), sampling)
+    engine.generate(_requests(5)[::-1] * 2, SamplingParams(0.5, 9))
+    engine.reset_cache()
+    again = engine.generate(_requests(), sampling)
+    assert _same(again, first)
+    assert all(np.array_equal(a.top_log_probs, b.top_log_probs) for a, b in zip(again, first, strict=True))
+    plain = engine.generate(_requests(), SamplingParams(1.0, 24))
+    assert all(g.top_ids is None and g.top_log_probs is None for g in plain)
+    _assert_agrees(model, _requests(), plain, 1.0)
+
+
+def test_too_many_likeliest_tokens_name_the_key(engine):
+    for asked, limit in [(MAX_TOP_LOG_PROBS + 1, MAX_TOP_LOG_PROBS), (VOCAB + 1, VOCAB)]:
+        with pytest.raises(UserError, match=rf"^rollout\.top_log_probs={asked} .*\({limit}\)"):
+            engine.generate(_requests(), SamplingParams(1.0, 2, top_log_probs=asked))
+    whole = engine.generate(_requests()[:1], SamplingParams(1.0, 2, top_log_probs=VOCAB))
+    assert np.exp(whole[0].top_log_probs).sum(-1) == pytest.approx(1, abs=1e-5)
 
 
 def test_no_requests_give_no_generations(engine):

@@ -39,7 +39,7 @@ def test_a_few_updates(precision, layout):
     assert after.layout == layout
     for module in (before, after):
         tokens = module.last_update.tokens
-        assert tokens.log_prob.dtype == torch.float32
+        assert tokens.log_prob.dtype == torch.promote_types(DTYPES[precision], torch.float32)
         assert module.last_update.entropy.isfinite().all()
     gain = after.last_update.tokens.log_prob - before.last_update.tokens.log_prob
     advantage = after.last_update.tokens.advantage[after.last_update.tokens.sequence_index]

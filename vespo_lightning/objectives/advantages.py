@@ -27,14 +27,13 @@ class Advantage(ABC):
             rewards: [S], finite.
             group: int64 [S], one number per group, in any order.
         """
-        numbers, index = torch.unique(group, return_inverse=True)
-        groups = _Groups(rewards.double(), index, len(numbers))
+        groups = Groups.of(rewards.double(), group)
         advantage = self._compute(groups)
         # Rounding in the mean of equal rewards would leave 1e-17: an active sample where there is none.
         return torch.where(groups.constant, 0.0, advantage).float()
 
     @abstractmethod
-    def _compute(self, groups: _Groups) -> Tensor:
+    def _compute(self, groups: Groups) -> Tensor:
         """float64 [S]; finite for groups with different rewards."""
 
 
@@ -43,7 +42,7 @@ class GroupMean(Advantage):
 
     name: ClassVar[str] = "group_mean"
 
-    def _compute(self, groups: _Groups) -> Tensor:
+    def _compute(self, groups: Groups) -> Tensor:
         return groups.centred
 
 
@@ -52,7 +51,7 @@ class GroupMeanStd(Advantage):
 
     name: ClassVar[str] = "group_mean_std"
 
-    def _compute(self, groups: _Groups) -> Tensor:
+    def _compute(self, groups: Groups) -> Tensor:
         variance = groups.sum(groups.centred.square()) / (groups.size - 1).clamp(min=1)
         return groups.centred / (variance.sqrt() + 1e-6)
 
@@ -62,15 +61,37 @@ class LeaveOneOut(Advantage):
 
     name: ClassVar[str] = "leave_one_out"
 
-    def _compute(self, groups: _Groups) -> Tensor:
+    def _compute(self, groups: Groups) -> Tensor:
         return groups.centred * groups.size / (groups.size - 1).clamp(min=1)
 
 
-class _Groups:
+class BatchStd(Advantage):
+    """``A = (R - mean of the group) / (std + 1e-6)`` with the unbiased std of all rewards of the mini-batch.
+
+    The scale is the same for all groups, so that easy and hard prompts keep their weights (TRL's
+    ``scale_rewards="batch"``, which adds 1e-4 instead of 1e-6; arXiv 2508.08221).
+    """
+
+    name: ClassVar[str] = "batch_std"
+
+    def _compute(self, groups: Groups) -> Tensor:
+        rewards = groups.rewards
+        variance = (rewards - rewards.mean()).square().sum() / max(len(rewards) - 1, 1)
+        return groups.centred / (variance.sqrt() + 1e-6)
+
+
+class Groups:
     """Statistics of groups, spread back to their members. S samples, ``count`` groups."""
+
+    @classmethod
+    def of(cls, rewards: Tensor, group: Tensor) -> Groups:
+        """Of float64 [S] ``rewards`` with int64 [S] group numbers, in any order."""
+        numbers, index = torch.unique(group, return_inverse=True)
+        return cls(rewards, index, len(numbers))
 
     def __init__(self, rewards: Tensor, index: Tensor, count: int) -> None:
         self._index, self._count = index, count
+        self.rewards = rewards  # [S]
         self.size = self.sum(torch.ones_like(rewards))  # [S]
         self.centred = rewards - self.sum(rewards) / self.size  # [S]
         empty = rewards.new_zeros(count)

@@ -9,7 +9,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-Scope = Literal["token", "sequence"]
+Scope = Literal["token", "sequence", "mini-batch"]
+Need = Literal["recomputed_log_prob", "top_log_probs", "router_shift"]
+
+
+@dataclass(frozen=True)
+class TopLogProbs:
+    """Log-probs of the K tokens that were likeliest when the response was sampled. T tokens."""
+
+    behaviour: Tensor
+    """[T, K] under the policy that sampled, descending"""
+    current: Tensor
+    """[T, K] of the same token ids under the current policy"""
+    holds_sampled: Tensor
+    """bool [T]: whether the sampled token is one of the K"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,15 @@ class TokenBatch:
     denominator: Literal["behaviour", "recomputed"] = "behaviour"
     recomputed_log_prob: Tensor | None = None
     """[T] the trainer's log-prob at generation weights"""
+    reference_log_prob: Tensor | None = None
+    """[T] log-prob under the reference policy of the KL penalty"""
+    top: TopLogProbs | None = None
+    router_shift: Tensor | None = None
+    """[T] log of RSPO's router-shift ratio, at most 0 (see :mod:`vespo_lightning.corrections.router_shift`)"""
+    engine_log_weight: Tensor | None = None
+    """[T] log of a correction's weight of each token, to be multiplied with its importance ratio"""
+    final_weight: Tensor | None = None
+    """[T] weight of a correction that multiplies the finished coefficient"""
 
     @property
     def old_log_prob(self) -> Tensor:
@@ -70,15 +92,32 @@ class Objective(ABC):
 
     name: ClassVar[str]
     scope: ClassVar[Scope]
-    """What one multiplier depends on. Whole sequences stay in one micro-batch, so both scopes are exact."""
+    """What one multiplier depends on. Whole sequences stay in one micro-batch; for ``mini-batch`` the trainer first
+    looks at all tokens in a forward pass without gradients."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """Optional parts of the batch that the method cannot do without."""
+    folds_engine_weight: ClassVar[bool] = False
+    """Whether :meth:`coefficient` takes ``engine_log_weight`` into its importance weight; otherwise it multiplies the
+    finished coefficient."""
+    depends_on_advantage: ClassVar[bool] = True
+    """False when the coefficient is the same whatever the advantage, its sign included."""
 
     @abstractmethod
     def coefficient(self, batch: TokenBatch) -> Tensor:
         """[T] coefficient of each token, before the advantage. Finite for every finite input."""
 
+    def corrected_coefficient(self, batch: TokenBatch) -> Tensor:
+        """[T] coefficient with the weights of corrections, before the advantage."""
+        coefficient = self.coefficient(batch)
+        if batch.engine_log_weight is not None and not self.folds_engine_weight:
+            coefficient = coefficient * batch.engine_log_weight.exp()
+        if batch.final_weight is not None:
+            coefficient = coefficient * batch.final_weight
+        return coefficient
+
     def multiplier(self, batch: TokenBatch) -> Tensor:
-        """[T] ``coefficient * advantage``; 0 where ``loss_mask`` is False."""
-        weighted = self.coefficient(batch) * batch.advantage[batch.sequence_index]
+        """[T] ``corrected coefficient * advantage``; 0 where ``loss_mask`` is False."""
+        weighted = self.corrected_coefficient(batch) * batch.advantage[batch.sequence_index]
         return torch.where(batch.loss_mask, weighted, 0.0)
 
     def statistics(self, batch: TokenBatch) -> dict[str, float]:

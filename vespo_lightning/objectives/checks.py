@@ -11,18 +11,26 @@ from vespo_lightning.errors import UserError
 Choice = TypeVar("Choice", bound=str)
 
 
-def require_number(key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+def require_number(
+    key: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    section: str = "objective",
+) -> float:
     """``value`` as a float, when it is a finite number in [low, high], or (low, high] with ``open_low``.
 
     Raises:
-        UserError: it is not; the message names ``objective.<key>``.
+        UserError: it is not; the message names ``<section>.<key>``.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         above = value > low if open_low else value >= low
         if above and value <= high:
             return float(value)
     bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-    raise UserError(f"objective.{key}={value} is not allowed; give a finite number {bound}")
+    raise UserError(f"{section}.{key}={value} is not allowed; give a finite number {bound}")
 
 
 def require_choice(key: str, value: Choice, choices: Sequence[str]) -> Choice:

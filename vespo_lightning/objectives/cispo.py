@@ -44,6 +44,7 @@ class Cispo(Objective):
 
     name: ClassVar[str] = "cispo"
     scope: ClassVar[Scope] = "token"
+    depends_on_advantage: ClassVar[bool] = False
 
     def __init__(self, ratio_min: float = 0.0, ratio_max: float = 5.0) -> None:
         self.ratio_min = require_number("ratio_min", ratio_min, 0.0, 1.0)

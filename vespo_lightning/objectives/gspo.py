@@ -45,6 +45,7 @@ class Gspo(SequenceObjective):
     """
 
     name: ClassVar[str] = "gspo"
+    folds_engine_weight: ClassVar[bool] = False  # s is a geometric mean, in which a weight would lose its size
     normalisation: Normalisation = "length"
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4) -> None:

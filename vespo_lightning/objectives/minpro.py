@@ -42,6 +42,7 @@ class Minpro(Objective):
 
     name: ClassVar[str] = "minpro"
     scope: ClassVar[Scope] = "sequence"
+    depends_on_advantage: ClassVar[bool] = False
 
     def __init__(self, ratio_min: float = 0.0, ratio_max: float = 5.0) -> None:
         self.ratio_min = require_number("ratio_min", ratio_min, 0.0, 1.0)

@@ -16,6 +16,7 @@ class Reinforce(Objective):
 
     name: ClassVar[str] = "reinforce"
     scope: ClassVar[Scope] = "token"
+    depends_on_advantage: ClassVar[bool] = False
 
     def coefficient(self, batch: TokenBatch) -> Tensor:
         return torch.ones_like(batch.log_prob)

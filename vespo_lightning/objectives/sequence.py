@@ -25,6 +25,7 @@ class SequenceObjective(Objective):
     """
 
     scope: ClassVar[Scope] = "sequence"
+    folds_engine_weight: ClassVar[bool] = True
     log_weight_bounds: ClassVar[tuple[float, float]] = (-20.0, 20.0)
     """Clamp of log W, in nats; -20 and 20 are common (verl's sequence-level correction, ReSPO)."""
     normalisation: Normalisation = "none"
@@ -35,7 +36,7 @@ class SequenceObjective(Objective):
 
     def log_weight(self, batch: TokenBatch) -> Tensor:
         """float64 [S]: log W after both clamps."""
-        clamped = clamped_log_ratio(batch).double()
+        clamped = self._with_engine_weight(clamped_log_ratio(batch), batch)
         return self._log_weight(clamped, batch).clamp(*self.log_weight_bounds)
 
     def phi(self, batch: TokenBatch) -> Tensor:
@@ -48,7 +49,7 @@ class SequenceObjective(Objective):
     def statistics(self, batch: TokenBatch) -> dict[str, float]:
         """Common numbers by token; mean phi and share of suppressed sequences by sign of the advantage."""
         phi = self.phi(batch)
-        raw = self._log_weight(batch.log_ratio.double(), batch)
+        raw = self._log_weight(self._with_engine_weight(batch.log_ratio, batch), batch)
         active = (batch.advantage != 0) & (batch.length > 0)
         positive, negative = phi[active & (batch.advantage > 0)], phi[active & (batch.advantage < 0)]
         return coefficient_statistics(phi[batch.sequence_index], batch) | means(
@@ -60,6 +61,12 @@ class SequenceObjective(Objective):
                 "objective/clamped_share": ((self.log_weight(batch) - raw).abs() > 1e-6)[active],
             }
         )
+
+    def _with_engine_weight(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
+        """float64 [T]: the weights of a correction enter W as factors; other tokens than those in the loss do not."""
+        if batch.engine_log_weight is None or not self.folds_engine_weight:
+            return log_ratio.double()
+        return torch.where(batch.loss_mask, log_ratio.double() + batch.engine_log_weight.double(), 0.0)
 
     def _log_weight(self, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
         """float64 [S] from float64 [T]."""

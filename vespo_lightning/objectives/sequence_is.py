@@ -36,6 +36,7 @@ class SequenceIs(SequenceObjective):
     """
 
     name: ClassVar[str] = "sequence_is"
+    depends_on_advantage: ClassVar[bool] = False
 
     def __init__(self, cap: float | None = None) -> None:
         self.cap = None if cap is None else require_number("cap", cap, 1.0)

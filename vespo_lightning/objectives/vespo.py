@@ -6,6 +6,8 @@ from typing import ClassVar, get_args
 
 from torch import Tensor
 
+from vespo_lightning.diagnostics.variance_bound import largest_slope, require_bound, second_moments
+from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.checks import require_choice, require_number
 from vespo_lightning.objectives.kernel import LOG_WEIGHT_BOUNDS, check_peak, gamma_kernel
 from vespo_lightning.objectives.sequence import Normalisation, SequenceObjective, by_sign
@@ -37,10 +39,12 @@ class Vespo(SequenceObjective):
         c1_positive, c2_positive: constants for advantage >= 0 (paper and code: 2, 3).
         c1_negative, c2_negative: constants for advantage < 0 (paper and code: 3, 2).
         normalisation: ``none``, ``length`` or ``sqrt_length``.
+        variance_bound: log E[phi^2] and its bound Z K C (:mod:`vespo_lightning.diagnostics.variance_bound`), which
+            exists for ``c1 >= 1`` only.
 
     Raises:
-        UserError: a constant is negative, the largest coefficient would not fit in float32, or there is no such
-            normalisation.
+        UserError: a constant is negative, the largest coefficient would not fit in float32, there is no such
+            normalisation, or the bound is asked for where there is none.
     """
 
     name: ClassVar[str] = "vespo"
@@ -53,6 +57,7 @@ class Vespo(SequenceObjective):
         c1_negative: float = 3.0,
         c2_negative: float = 2.0,
         normalisation: Normalisation = "none",
+        variance_bound: bool = True,
     ) -> None:
         self.c1_positive = require_number("c1_positive", c1_positive, 0.0)
         self.c2_positive = require_number("c2_positive", c2_positive, 0.0)
@@ -61,8 +66,21 @@ class Vespo(SequenceObjective):
         self.normalisation = require_choice("normalisation", normalisation, get_args(Normalisation))
         check_peak(self.c1_positive, self.c2_positive, "_positive")
         check_peak(self.c1_negative, self.c2_negative, "_negative")
+        self.variance_bound = variance_bound
+        if self.variance_bound:
+            require_bound(self.c1_positive, self.c2_positive, "_positive")
+            require_bound(self.c1_negative, self.c2_negative, "_negative")
 
     def kernel(self, log_weight: Tensor, advantage: Tensor) -> Tensor:
         c1 = by_sign(advantage, self.c1_positive, self.c1_negative)
         c2 = by_sign(advantage, self.c2_positive, self.c2_negative)
         return gamma_kernel(log_weight, c1, c2)
+
+    def statistics(self, batch: TokenBatch) -> dict[str, float]:
+        """Those of every sequence-level objective, and with ``variance_bound`` both sides of the bound."""
+        common = super().statistics(batch)
+        if not self.variance_bound:
+            return common
+        positive = largest_slope(self.c1_positive, self.c2_positive)
+        negative = largest_slope(self.c1_negative, self.c2_negative)
+        return common | second_moments(self, batch, positive, negative)

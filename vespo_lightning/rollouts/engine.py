@@ -18,6 +18,12 @@ class SamplingParams:
     temperature: float = 1.0
     """0 means greedy decoding; log-probs are then those at temperature 1."""
     max_new_tokens: int = 128
+    top_p: float = 1.0
+    """keep the likeliest tokens that hold this probability mass together; the log-probs are of what is kept"""
+    top_k: int | None = None
+    """keep this many of the likeliest tokens; None keeps all"""
+    top_log_probs: int = 0
+    """return the log-probs of this many likeliest tokens at each position too"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Generation:
     """float32 [T]"""
     finish_reason: str
     """``"stop"`` or ``"length"``"""
+    top_ids: np.ndarray | None = None
+    """int32 [T, K] likeliest tokens at each position, in descending order (``SamplingParams.top_log_probs`` = K)"""
+    top_log_probs: np.ndarray | None = None
+    """float32 [T, K] log-probs of those tokens"""
     routed_experts: np.ndarray | None = None
     """int16 [P+T-1, L, K]; -1 where unknown (dense layers)"""
     router_top_probs: np.ndarray | None = None

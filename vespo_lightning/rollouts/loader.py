@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.advantages import Advantage
-from vespo_lightning.rollouts.producer import Rollout, RolloutProducer
-from vespo_lightning.rollouts.sample import MiniBatch
+from vespo_lightning.objectives.kl import KlPenalty
+from vespo_lightning.rollouts.gathering import Rollout
+from vespo_lightning.rollouts.producer import RolloutProducer
+from vespo_lightning.rollouts.sample import MiniBatch, Sample
 from vespo_lightning.tasks.prompts import PromptStream
 
 
@@ -33,9 +36,11 @@ class RolloutLoader:
         advantage: rewards of a mini-batch to advantages.
         updates: length of the whole run.
         mini_batch_size: samples per update, a multiple of the producer's group size.
+        passes: times that the mini-batches of a rollout are gone through, in the same order, before the next rollout.
+        kl: penalty for leaving a reference policy; here the one in the reward, which advantages are made of.
 
     Raises:
-        UserError: ``mini_batch_size`` does not hold whole groups.
+        UserError: ``mini_batch_size`` does not hold whole groups, or a penalty lacks its reference log-probs.
     """
 
     def __init__(
@@ -46,14 +51,22 @@ class RolloutLoader:
         *,
         updates: int,
         mini_batch_size: int = 64,
+        passes: int = 1,
+        kl: KlPenalty | None = None,
     ) -> None:
         if mini_batch_size < 1 or mini_batch_size % producer.group_size:
             raise UserError(
                 f"mini_batch_size={mini_batch_size} is not a multiple of rollout.group_size={producer.group_size}; "
                 "a mini-batch holds whole groups"
             )
+        if passes < 1:
+            raise UserError(f"rollout.passes={passes} must be a whole number of at least 1")
+        if kl is not None and not producer.reference:
+            raise UserError("a KL penalty needs a producer with reference=True, which stores the reference's log-probs")
         self.producer, self.sizes, self.advantage = producer, sizes, advantage
         self.updates = updates
+        self.passes = passes
+        self.kl = kl
         self.groups_per_mini_batch = mini_batch_size // producer.group_size
         self._update = 0
         self._rollout = 0
@@ -72,13 +85,16 @@ class RolloutLoader:
 
     def _next(self) -> MiniBatch:
         metrics: dict[str, float] = {}
-        if self._position == self._size:
+        if self._current is None and self._identity:  # the run goes on
+            self.producer.check_reference(self._identity)
+        if self._position == self._size * self.passes:
             metrics = self._begin_rollout()
         elif self._current is None:
             self._current = self.producer.reload(self._rollout, self._identity)
         assert self._current is not None
         per_batch = self.groups_per_mini_batch * self.producer.group_size
-        samples = self._current.samples[self._position * per_batch : (self._position + 1) * per_batch]
+        pass_number, place = divmod(self._position, self._size)
+        samples = self._current.samples[place * per_batch : (place + 1) * per_batch]
         batch = MiniBatch(
             update=self._update,
             rollout=self._rollout,
@@ -88,16 +104,31 @@ class RolloutLoader:
             advantages=torch.zeros(len(samples)),
             in_loss=[not (s.truncated and self.producer.truncated == "mask") for s in samples],
             rollout_metrics=metrics,
+            pass_number=pass_number,
+            reward_penalty=self._reward_penalty(samples),
         )
-        batch.advantages.copy_(self.advantage(batch.rewards, batch.group_index()))
+        batch.advantages.copy_(self.advantage(batch.penalised_rewards, batch.group_index()))
         self._update += 1
         self._position += 1
         return batch
 
+    def _reward_penalty(self, samples: Sequence[Sample]) -> Tensor | None:
+        """float64 [S]"""
+        if self.kl is None or self.kl.placement != "reward":
+            return None
+        penalties = []
+        for sample in samples:
+            assert sample.reference_log_probs is not None
+            penalties.append(
+                self.kl.reward_penalty(sample.behaviour_log_probs, sample.reference_log_probs, sample.loss_mask)
+            )
+        return torch.tensor(penalties, dtype=torch.float64)
+
     def _begin_rollout(self) -> dict[str, float]:
         rollout = self._rollout + 1 if self._size else 0
         size = min(self.sizes.rollout_size(rollout), self.updates - self._update)
-        self._current = self.producer.produce(rollout, self._prompts.take(size * self.groups_per_mini_batch))
+        prompts = self._prompts.take(size * self.groups_per_mini_batch)
+        self._current = self.producer.produce(rollout, prompts, self._prompts.take)
         self._rollout, self._size, self._position = rollout, size, 0
         self._identity = self._current.identity
         return self._current.metrics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,14 +15,18 @@ from transformers import PreTrainedTokenizerBase
 
 from vespo_lightning.diagnostics.evaluation import EvaluationResult
 from vespo_lightning.errors import UserError
-from vespo_lightning.rollouts.engine import GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from vespo_lightning.rollouts.evaluation import decode, evaluate_engine
+from vespo_lightning.rollouts.gathering import Gathering, Rollout
 from vespo_lightning.rollouts.randomness import sample_seed
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.store import RolloutStore
 from vespo_lightning.rollouts.weight_check import WeightCheck, canary_sequences
 from vespo_lightning.tasks.base import Problem, Task
 from vespo_lightning.tasks.prompts import render_prompt
+
+#: (place in the stream of prompts, problem)
+Prompt = tuple[int, Problem]
 
 
 class WeightSource(Protocol):
@@ -36,14 +40,9 @@ class WeightSource(Protocol):
 
     def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]: ...
 
+    def reference_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]: ...
 
-@dataclass(frozen=True)
-class Rollout:
-    samples: list[Sample]
-    """whole groups, in the order of the prompts"""
-    metrics: dict[str, float]
-    identity: dict[str, Any]
-    """what made it; plain values, part of checkpoints"""
+    def reference_checksum(self) -> str: ...
 
 
 class RolloutProducer:
@@ -64,6 +63,12 @@ class RolloutProducer:
             ``truncated_reward``, or ``mask`` them out of the loss (see the loader).
         recompute: store the trainer's own log-probs too (``denominator=recomputed``).
         shuffle_rewards: permute rewards among the responses of a chunk: a control that must not learn.
+        top_p, top_k: sample from the likeliest tokens only.
+        top_log_probs: keep the log-probs of this many likeliest tokens at each position.
+        reference: store the log-probs of the reference policy too (a KL penalty is on).
+        dynamic_sampling: put groups of further prompts in the place of groups whose rewards are all equal, as DAPO
+            does (arXiv 2503.14476).
+        max_refills: rounds of doing so; what is uniform after the last one stays.
     """
 
     def __init__(
@@ -83,12 +88,18 @@ class RolloutProducer:
         truncated_reward: float = 0.0,
         recompute: bool = False,
         shuffle_rewards: bool = False,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        top_log_probs: int = 0,
+        reference: bool = False,
+        dynamic_sampling: bool = False,
+        max_refills: int = 4,
     ) -> None:
         self.task, self.tokenizer, self.engine = task, tokenizer, engine
         self.store = RolloutStore(folder)
         self.check = WeightCheck(engine, canary_sequences(len(tokenizer)))
         self.group_size = group_size
-        self.sampling = SamplingParams(temperature, max_new_tokens)
+        self.sampling = SamplingParams(temperature, max_new_tokens, top_p, top_k, top_log_probs)
         self.context = context
         self.seed = seed
         self.chunk_groups = chunk_groups
@@ -96,6 +107,9 @@ class RolloutProducer:
         self.truncated_reward = truncated_reward
         self.recompute = recompute
         self.shuffle_rewards = shuffle_rewards
+        self.reference = reference
+        self.dynamic_sampling = dynamic_sampling
+        self.max_refills = max_refills
         self.reward_errors = 0
         self.sync_metrics: dict[str, float] = {}
         """of the last synchronisation: seconds, canary"""
@@ -143,12 +157,21 @@ class RolloutProducer:
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
-    def produce(self, rollout: int, prompts: Sequence[tuple[int, Problem]]) -> Rollout:
-        """One group of responses for each (place in the stream of prompts, problem)."""
+    def produce(
+        self, rollout: int, prompts: Sequence[Prompt], more: Callable[[int], Sequence[Prompt]] | None = None
+    ) -> Rollout:
+        """One group of responses for each prompt.
+
+        Args:
+            more: the next so many prompts of the stream, for dynamic sampling; None leaves uniform groups where they
+                are.
+        """
         metrics = self.sync()
-        made = self._gather(rollout, self._identity(prompts), metrics, prompts)
-        self.reward_errors += sum(sample.reward_error is not None for sample in made.samples)
-        return made
+        more = more if self.dynamic_sampling else None
+        gathering = self._gather(rollout, self._identity(prompts), prompts, more)
+        self.reward_errors += sum(sample.reward_error is not None for sample in gathering.samples)
+        made = gathering.rollout()
+        return replace(made, metrics=metrics | made.metrics | (gathering.refill_metrics() if more else {}))
 
     def reload(self, rollout: int, identity: dict[str, Any]) -> Rollout:
         """A rollout that was made before, from the disk.
@@ -156,9 +179,22 @@ class RolloutProducer:
         Raises:
             UserError: it is not there any more.
         """
-        return self._gather(rollout, identity, {}, None)
+        return self._gather(rollout, identity).rollout()
 
-    def _identity(self, prompts: Sequence[tuple[int, Problem]]) -> dict[str, Any]:
+    def check_reference(self, identity: dict[str, Any]) -> None:
+        """Raises UserError when the reference policy is not the one of a rollout made before."""
+        before, now = identity.get("reference"), self._reference_checksum()
+        if before != now:
+            raise UserError(
+                f"kl.reference (null: model.path) does not hold the weights that this run began with (checksum {now}, "
+                f"it was {before}); put them back and resume, or start a new run"
+            )
+
+    def _reference_checksum(self) -> str | None:
+        return self.source.reference_checksum() if self.reference else None
+
+    def _identity(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What decides the first round of groups; dynamic sampling adds ``refills``, the prompts of the others."""
         return {
             "weights": f"{self.check.shipped:016x}",
             "version": self.engine.version,
@@ -174,19 +210,41 @@ class RolloutProducer:
             "truncated_reward": self.truncated_reward,
             "recompute": self.recompute,
             "shuffle_rewards": self.shuffle_rewards,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "top_log_probs": self.sampling.top_log_probs,
+            "reference": self._reference_checksum(),
         }
 
     def _gather(
         self,
         rollout: int,
         identity: dict[str, Any],
-        metrics: dict[str, float],
-        prompts: Sequence[tuple[int, Problem]] | None,
-    ) -> Rollout:
-        """All chunks of a rollout: those on the disk are read, the others made of ``prompts``, if given."""
-        samples: list[Sample] = []
-        seconds: dict[str, float] = {}
-        for chunk, start in enumerate(range(0, identity["groups"], self.chunk_groups)):
+        prompts: Sequence[Prompt] | None = None,
+        more: Callable[[int], Sequence[Prompt]] | None = None,
+    ) -> Gathering:
+        """All groups of a rollout: those on the disk are read, the others made of ``prompts``, if given."""
+        known: list[str] = identity.get("refills", [])
+        first = {name: value for name, value in identity.items() if name != "refills"}
+        gathering = Gathering(rollout, first)
+        self._add_groups(gathering, identity["groups"], first, prompts)
+        for refill in range(self.max_refills if more is not None else len(known)):
+            places = gathering.uniform_places()
+            if not places:
+                break
+            taken = None if more is None else more(len(places))
+            digest = known[refill] if taken is None else _digest(taken)
+            self._add_groups(gathering, len(places), {**first, "prompts": digest}, taken)
+            gathering.refill(places, digest)
+        return gathering
+
+    def _add_groups(
+        self, gathering: Gathering, count: int, identity: dict[str, Any], prompts: Sequence[Prompt] | None
+    ) -> None:
+        """``count`` more groups, chunk by chunk."""
+        rollout, size = gathering.number, identity["chunk_groups"]
+        for start in range(0, count, size):
+            chunk = gathering.chunks
             found = self.store.read(rollout, chunk, identity)
             if found is None:
                 if prompts is None:
@@ -194,22 +252,20 @@ class RolloutProducer:
                         f"chunk {chunk} of rollout {rollout} is missing in {self.store.folder}, so the run cannot go "
                         "on exactly; put the folder back, or start a new run from the export of this one"
                     )
-                found = self._make_chunk(rollout, start, prompts[start : start + self.chunk_groups])
+                found = self._make_chunk(rollout, len(gathering.groups), prompts[start : start + size])
                 # before it is written, so that a resumed run judges these responses again
-                self._check_errors([*samples, *found[0]])
+                self._check_errors([*gathering.samples, *found[0]])
                 self.store.write(rollout, chunk, found[0], identity, found[1])
-            samples += found[0]
-            for name, value in found[1].items():
-                seconds[name] = seconds.get(name, 0.0) + value
-        return Rollout(samples, {**metrics, **seconds, **_rollout_metrics(samples)}, identity)
+            gathering.add(*found)
 
     def _make_chunk(
-        self, rollout: int, offset: int, prompts: Sequence[tuple[int, Problem]]
+        self, rollout: int, offset: int, prompts: Sequence[Prompt]
     ) -> tuple[list[Sample], dict[str, float]]:
+        """Samples of the groups of ``prompts``, which are numbered from ``offset``, and where the time went."""
         places, problems = zip(*prompts, strict=True)
         prompt_ids = [self._prompt_ids(problem) for problem in problems]
-        version = self.engine.version
         members = [(g, k) for g in range(len(prompts)) for k in range(self.group_size)]
+        version = self.engine.version
         seeds = [sample_seed(self.seed, places[g], problems[g].id, k, version) for g, k in members]
         requests = [GenerationRequest(prompt_ids[g], seed) for (g, _), seed in zip(members, seeds, strict=True)]
         started = time.perf_counter()
@@ -218,7 +274,10 @@ class RolloutProducer:
         generated = time.perf_counter()
         texts = [decode(self.tokenizer, generation) for generation in generations]
         verdicts = self.task.verify([problems[g] for g, _ in members], texts)
-        verified = time.perf_counter()
+        seconds = {
+            "performance/generate_seconds": generated - started,
+            "performance/verify_seconds": time.perf_counter() - generated,
+        }
         samples = [
             Sample(
                 prompt_id=problems[g].id,
@@ -226,30 +285,29 @@ class RolloutProducer:
                 index=k,
                 seed=seeds[i],
                 prompt_ids=np.asarray(prompt_ids[g], dtype=np.int32),
-                response_ids=generations[i].token_ids,
-                behaviour_log_probs=generations[i].log_probs,
-                version_runs=[(version, len(generations[i].token_ids))],
-                loss_mask=np.ones(len(generations[i].token_ids), dtype=bool),
-                finish_reason=generations[i].finish_reason,
                 text=texts[i],
                 reward=verdicts[i].reward,
                 reward_error=verdicts[i].error,
-                routed_experts=generations[i].routed_experts,
-                router_top_probs=generations[i].router_top_probs,
+                **_response(generations[i], version),
             )
             for i, (g, k) in enumerate(members)
         ]
         self._adjust_rewards(samples, places[0])
+        self._add_log_probs(samples, seconds)
+        return samples, seconds
+
+    def _add_log_probs(self, samples: list[Sample], seconds: dict[str, float]) -> None:
+        """Log-probs that only the trainer can give."""
+        started = time.perf_counter()
         if self.recompute:
             for sample, log_probs in zip(samples, self.source.sample_log_probs(samples), strict=True):
                 sample.recomputed_log_probs = log_probs
-        seconds = {
-            "performance/generate_seconds": generated - started,
-            "performance/verify_seconds": verified - generated,
-        }
-        if self.recompute:
-            seconds["performance/recompute_seconds"] = time.perf_counter() - verified
-        return samples, seconds
+            seconds["performance/recompute_seconds"] = time.perf_counter() - started
+        started = time.perf_counter()
+        if self.reference:
+            for sample, log_probs in zip(samples, self.source.reference_log_probs(samples), strict=True):
+                sample.reference_log_probs = log_probs
+            seconds["performance/reference_seconds"] = time.perf_counter() - started
 
     def _adjust_rewards(self, samples: list[Sample], place: int) -> None:
         if self.truncated == "penalise":
@@ -300,20 +358,23 @@ class RolloutProducer:
         )
 
 
-def _digest(prompts: Sequence[tuple[int, Problem]]) -> str:
+def _response(generation: Generation, version: int) -> dict[str, Any]:
+    """Fields of a sample that come from the engine."""
+    length = len(generation.token_ids)
+    return {
+        "response_ids": generation.token_ids,
+        "behaviour_log_probs": generation.log_probs,
+        "version_runs": [(version, length)],
+        "loss_mask": np.ones(length, dtype=bool),
+        "finish_reason": generation.finish_reason,
+        "top_ids": generation.top_ids,
+        "top_log_probs": generation.top_log_probs,
+        "routed_experts": generation.routed_experts,
+        "router_top_probs": generation.router_top_probs,
+    }
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
     """Of what is posed and what counts as right: another task in the same folder makes its own rollouts."""
     posed = [(place, problem.id, problem.prompt, problem.reference) for place, problem in prompts]
     return hashlib.blake2b(json.dumps(posed).encode(), digest_size=8).hexdigest()
-
-
-def _rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    groups: dict[str, set[float]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group_id, set()).add(sample.reward)
-    return {
-        "reward/rollout_mean": float(np.mean([s.reward for s in samples])),
-        "reward/errors": float(sum(s.reward_error is not None for s in samples)),
-        "reward/truncated_share": float(np.mean([s.truncated for s in samples])),
-        "reward/response_length": float(np.mean([len(s.response_ids) for s in samples])),
-        "reward/uniform_group_share": float(np.mean([len(rewards) == 1 for rewards in groups.values()])),
-    }

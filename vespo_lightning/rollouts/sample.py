@@ -46,6 +46,12 @@ class Sample:
     """Why the verifier could not judge (time-out, exception, NaN); the reward is then the task's failure value."""
     recomputed_log_probs: np.ndarray | None = None
     """float32 [T], the trainer's own log-probs at generation weights (``denominator=recomputed``)"""
+    reference_log_probs: np.ndarray | None = None
+    """float32 [T], of the reference policy (a KL penalty is on)"""
+    top_ids: np.ndarray | None = None
+    """int32 [T, K], the K likeliest tokens at each position when it was sampled, in descending order"""
+    top_log_probs: np.ndarray | None = None
+    """float32 [T, K], their log-probs at the sampling temperature"""
     routed_experts: np.ndarray | None = None
     """int16 [P+T-1, L, K], experts that the engine used at each input position; -1 where unknown (dense layers)"""
     router_top_probs: np.ndarray | None = None
@@ -72,7 +78,8 @@ class MiniBatch:
     rollout: int
     """0-based number of the rollout it is cut from."""
     position: int
-    """Its place in that rollout, 0 .. rollout_size - 1; equals the staleness in updates when none was skipped."""
+    """Updates since that rollout was made, ``pass_number * rollout_size`` + place in the rollout; equals the staleness
+    in updates when none was skipped."""
     rollout_size: int
     """N: mini-batches per rollout."""
     samples: list[Sample]
@@ -82,11 +89,20 @@ class MiniBatch:
     """[S] False for samples that leave the loss (``rollout.truncated=mask``); they stay in its normalisation."""
     rollout_metrics: dict[str, float] = field(default_factory=dict)
     """Facts about the whole rollout, on its first mini-batch only (generation time, truncation, reward errors)."""
+    pass_number: int = 0
+    """0-based: how often the rollout was gone through before."""
+    reward_penalty: Tensor | None = None
+    """float64 [S], what a KL penalty in the reward takes off, if there is one"""
 
     @property
     def rewards(self) -> Tensor:
-        """float32 [S]"""
+        """float32 [S], of the task"""
         return torch.tensor([sample.reward for sample in self.samples], dtype=torch.float32)
+
+    @property
+    def penalised_rewards(self) -> Tensor:
+        """[S] what advantages are made of."""
+        return self.rewards if self.reward_penalty is None else self.rewards.double() - self.reward_penalty
 
     def group_index(self) -> Tensor:
         """int64 [S]: samples of one group share a number, counted in order of appearance."""

@@ -24,6 +24,9 @@ _ARRAYS = {
     "behaviour_log_probs": False,
     "loss_mask": False,
     "recomputed_log_probs": True,
+    "reference_log_probs": True,
+    "top_ids": True,
+    "top_log_probs": True,
     "routed_experts": True,
     "router_top_probs": True,
 }

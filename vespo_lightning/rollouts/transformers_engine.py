@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from vespo_lightning.rollouts.randomness import uniforms
+from vespo_lightning.rollouts.truncation import EXCLUDED_LOG_PROB, check_top_log_probs, truncate
 from vespo_lightning.rollouts.weight_check import fingerprint
 from vespo_lightning.routing.layout import expand_layers
 from vespo_lightning.routing.tap import RouterTap
@@ -96,6 +97,8 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        check_top_log_probs(sampling.top_log_probs, vocabulary, "the model's vocabulary")
         done: list[Generation] = []
         for start in range(0, len(requests), self.batch_size):
             done += self._generate_batch(requests[start : start + self.batch_size], sampling)
@@ -163,6 +166,7 @@ class _Decoding:
         self.row = torch.arange(len(requests), device=device)  # request of each row still in the batch
         self.alive = torch.ones(len(requests), dtype=torch.bool, device=device)
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # request, token, log-prob, alive
+        self.likeliest: list[tuple[Tensor, Tensor]] = []  # [B, K] ids and log-probs of each step
         self.routing: list[
             tuple[Tensor, np.ndarray, np.ndarray, int]
         ] = []  # request, experts, probabilities, positions
@@ -171,11 +175,16 @@ class _Decoding:
         """Sample one token per row; returns the rows that go on."""
         step = len(self.steps)
         temperature = self.sampling.temperature or 1.0
-        log_probs = torch.log_softmax(logits / temperature, dim=-1)
+        scaled = logits / temperature
         if self.sampling.temperature == 0:
+            log_probs = torch.log_softmax(scaled, dim=-1)
             tokens = log_probs.argmax(-1)
         else:
+            log_probs = torch.log_softmax(truncate(scaled, self.sampling.top_k, self.sampling.top_p), dim=-1)
             tokens = _inverse_cdf(log_probs, self.uniforms[self.row, step])
+        if self.sampling.top_log_probs:
+            ids = scaled.topk(self.sampling.top_log_probs, dim=-1).indices
+            self.likeliest.append((ids, log_probs.gather(1, ids).clamp(min=EXCLUDED_LOG_PROB)))
         chosen = log_probs.gather(1, tokens[:, None])[:, 0]
         self.steps.append((self.row, tokens, chosen, self.alive))
         if routing is not None:
@@ -203,6 +212,7 @@ class _Decoding:
             tokens[rows, t] = token.cpu().numpy()
             log_probs[rows, t] = log_prob.cpu().numpy()
             lengths[rows[alive.cpu().numpy()]] = t + 1
+        top_ids, top_log_probs = self._likeliest_arrays(width)
         routing = self._routing_arrays(width)
         stop = set(self.stop_ids.tolist())
         results = []
@@ -215,11 +225,25 @@ class _Decoding:
                     token_ids=tokens[i, :length].copy(),
                     log_probs=log_probs[i, :length].copy(),
                     finish_reason="stop" if ended else "length",
+                    top_ids=None if top_ids is None else top_ids[i, :length].copy(),
+                    top_log_probs=None if top_log_probs is None else top_log_probs[i, :length].copy(),
                     routed_experts=None if routed is None else routed[:positions],
                     router_top_probs=None if top_probs is None else top_probs[:positions],
                 )
             )
         return results
+
+    def _likeliest_arrays(self, width: int) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """int32 and float32 [requests, width, K]; positions after the end of a response hold garbage."""
+        if not self.likeliest:
+            return None, None
+        shape = len(self.requests), width, self.sampling.top_log_probs
+        ids, log_probs = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        for t, ((row, *_), (step_ids, step_log_probs)) in enumerate(zip(self.steps, self.likeliest, strict=True)):
+            rows = row.cpu().numpy()
+            ids[rows, t] = step_ids.cpu().numpy()
+            log_probs[rows, t] = step_log_probs.cpu().numpy()
+        return ids, log_probs
 
     def _routing_arrays(self, width: int) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """Per request [P + width - 1, L, K] experts and probabilities; positions after its end hold garbage."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts import vllm_weights
 from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from vespo_lightning.rollouts.truncation import EXCLUDED_LOG_PROB, check_top_log_probs
 from vespo_lightning.rollouts.vllm_support import (
     check_installation,
     is_moe,
@@ -24,19 +25,23 @@ from vespo_lightning.rollouts.vllm_support import (
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.logprobs import FlatLogprobs
 
 GIB = 1024**3
 DTYPES = ("float32", "bfloat16", "float16")
 #: Head sizes that vLLM's CPU attention has kernels for, and the block that its CPU experts work in.
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_EXPERT_BLOCK = 32
+#: How many log-probs per position a request may ask for, which vLLM wants to know at start. Costs nothing by itself.
+MAX_TOP_LOG_PROBS = 128
 
 
 class VllmEngine(RolloutEngine):
     """vLLM behind the engine interface: token ids in; token ids, log-probs and expert choices out.
 
     One process, one device. Prompts share cached prefixes within a rollout; :meth:`reset_cache` forgets them.
-    Log-probs are vLLM's *processed* ones, of the distribution at the sampling temperature.
+    Log-probs are vLLM's *processed* ones, of the distribution at the sampling temperature, truncated and renormalised
+    where top-k or top-p are set. At most ``MAX_TOP_LOG_PROBS`` of the likeliest tokens come back at each position.
 
     Args:
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Only float32 makes log-probs equal the
@@ -96,6 +101,7 @@ class VllmEngine(RolloutEngine):
         with self._guest():
             self._llm = self._make_llm(model_path)
             layers = self._on_worker(vllm_weights.moe_layers)
+        self._vocabulary = config.vocab_size
         self._context = self._llm.llm_engine.model_config.max_model_len
         self._dense_layers = sorted(set(range(config.num_hidden_layers)) - set(layers))
         self.version = 0
@@ -116,6 +122,7 @@ class VllmEngine(RolloutEngine):
                 enable_chunked_prefill=not self.on_cpu,
                 enable_return_routed_experts=self._routed,
                 logprobs_mode="processed_logprobs",
+                max_logprobs=MAX_TOP_LOG_PROBS,
                 skip_tokenizer_init=True,
                 use_tqdm_on_load=False,
             )
@@ -128,7 +135,11 @@ class VllmEngine(RolloutEngine):
             ) from error
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
-        """Raises UserError for a prompt that leaves no room for ``max_new_tokens`` in the context."""
+        """Raises UserError for a prompt that leaves no room for ``max_new_tokens`` in the context, and for too many
+        ``top_log_probs``.
+        """
+        check_top_log_probs(sampling.top_log_probs, MAX_TOP_LOG_PROBS, "engine=vllm returns")
+        check_top_log_probs(sampling.top_log_probs, self._vocabulary, "the model's vocabulary")
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         if longest + sampling.max_new_tokens > self._context:
             raise UserError(
@@ -138,7 +149,7 @@ class VllmEngine(RolloutEngine):
             )
         settings = [self._settings(sampling, request.seed) for request in requests]
         outputs = self._run([request.prompt_ids for request in requests], settings)
-        return [self._generation(output) for output in outputs]
+        return [self._generation(output, sampling.top_log_probs) for output in outputs]
 
     def _settings(self, sampling: SamplingParams, seed: int) -> Any:
         from vllm import SamplingParams as VllmSamplingParams
@@ -146,8 +157,11 @@ class VllmEngine(RolloutEngine):
         return VllmSamplingParams(
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
             seed=seed,
-            logprobs=0,
+            logprobs=sampling.top_log_probs,
+            flat_logprobs=sampling.top_log_probs > 0,
             stop_token_ids=self._stop_ids,
             detokenize=False,
         )
@@ -157,17 +171,24 @@ class VllmEngine(RolloutEngine):
             inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
             return self.llm.generate(inputs, settings, use_tqdm=False) if inputs else []
 
-    def _generation(self, output: RequestOutput) -> Generation:
+    def _generation(self, output: RequestOutput, likeliest: int) -> Generation:
         completion = output.outputs[0]
-        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        top_ids = top_log_probs = None
+        if likeliest:
+            log_probs, top_ids, top_log_probs = _flat_log_probs(completion.logprobs, likeliest)
+        else:
+            pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+            log_probs = np.array([chosen[token].logprob for token, chosen in pairs], dtype=np.float32)
         routed = None
         if self._routed:
             routed = completion.routed_experts.astype(np.int16)
             routed[:, self._dense_layers] = -1
         return Generation(
             token_ids=np.array(completion.token_ids, dtype=np.int32),
-            log_probs=np.array([chosen[token].logprob for token, chosen in pairs], dtype=np.float32),
+            log_probs=log_probs,
             finish_reason=completion.finish_reason,
+            top_ids=top_ids,
+            top_log_probs=top_log_probs,
             routed_experts=routed,
         )
 
@@ -229,6 +250,14 @@ class VllmEngine(RolloutEngine):
         stance = "force_eager" if self.enforce_eager else "default"
         with undisturbed(), torch.compiler.set_stance(stance):
             yield
+
+
+def _flat_log_probs(flat: FlatLogprobs, likeliest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probs [T] of the sampled tokens; ids and log-probs [T, K] of the likeliest ones, in descending order."""
+    shape = len(flat), 1 + likeliest  # the sampled token comes first, and again where it is one of the likeliest
+    ids = np.array(flat.token_ids, dtype=np.int32).reshape(shape)
+    log_probs = np.array(flat.logprobs, dtype=np.float32).reshape(shape).clip(min=EXCLUDED_LOG_PROB)
+    return log_probs[:, 0].copy(), ids[:, 1:].copy(), log_probs[:, 1:].copy()
 
 
 def _check_cpu_sizes(config: PreTrainedConfig) -> None:

@@ -22,6 +22,8 @@ class LogProbs(NamedTuple):
     """[T] of the whole distribution, nats; differentiable"""
     extra: Tensor | None
     """[T, K] of the extra token ids, if any were asked for"""
+    squared_norm: Tensor | None = None
+    """[S] squared norms of gradients of the output embedding by sequence, if they were asked for; detached"""
 
 
 def chunked_log_probs(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,28 +13,32 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from vespo_lightning.corrections.base import Correction
 from vespo_lightning.errors import UserError
-from vespo_lightning.objectives.base import Objective, policy_loss
-from vespo_lightning.rollouts.sample import MiniBatch, Sample
+from vespo_lightning.objectives.base import Objective
+from vespo_lightning.objectives.kl import KlPenalty
+from vespo_lightning.objectives.min_variance import MinVariance
+from vespo_lightning.rollouts.sample import MiniBatch
 from vespo_lightning.routing.tap import RouterTap
-from vespo_lightning.scoring import score_sequences
-from vespo_lightning.training.aggregation import Aggregation, Totals, token_weights
-from vespo_lightning.training.micro_batches import Layout, collate, plan_micro_batches
+from vespo_lightning.training.aggregation import Aggregation
+from vespo_lightning.training.loss import MiniBatchLoss
+from vespo_lightning.training.micro_batches import Layout
+from vespo_lightning.training.min_variance import backward_per_sequence, set_advantage_from_head
 from vespo_lightning.training.optimizers import build_adamw
-from vespo_lightning.training.outputs import MicroBatchObserver, MicroBatchOutput, UpdateResult
+from vespo_lightning.training.outputs import MicroBatchObserver, UpdateResult
 from vespo_lightning.training.packing import packed_rows_are_separate
+from vespo_lightning.training.passes import ForwardPass, MiniBatchPasses
 from vespo_lightning.training.policy import Policy
-from vespo_lightning.training.precision import PreciseModule
-from vespo_lightning.training.routing_batches import routing_batch
+from vespo_lightning.training.reference import ReferencePolicy
 from vespo_lightning.training.token_batches import MiniBatchTokens
-from vespo_lightning.weights import checkpoint_tensors
+from vespo_lightning.training.weight_source import WeightSourceModule
 
 
 class NonFiniteStreak(UserError):
     """Too many updates in a row had a non-finite loss or gradient."""
 
 
-class PolicyModule(PreciseModule):
+class PolicyModule(WeightSourceModule):
     """Trains a policy on mini-batches of samples with an :class:`Objective`.
 
     Manual optimization: ``training_step`` loops over micro-batches and steps once. The loss is normalised by counts
@@ -53,6 +57,10 @@ class PolicyModule(PreciseModule):
         temperature: of sampling; the same on both sides of the importance ratio.
         denominator: of the importance ratio, see DESIGN.
         aggregation: how token losses become one number; ``constant`` divides by ``max_response_tokens``.
+        corrections: of the importance ratios, in order.
+        kl: penalty for leaving a reference policy; here its term of the loss, if it has one.
+        reference: that policy, for the log-probs of samples that are made.
+        baseline: replaces the advantages of mini-batches by those of the minimum-variance baseline.
         entropy_coefficient: weight of an entropy bonus.
         max_skipped_streak: this many non-finite updates in a row stop the run.
         head_chunk: tokens per chunk of the log-prob head.
@@ -77,6 +85,10 @@ class PolicyModule(PreciseModule):
         denominator: Literal["behaviour", "recomputed"] = "behaviour",
         aggregation: Aggregation = "token-mean",
         max_response_tokens: int | None = None,
+        corrections: Sequence[Correction] = (),
+        kl: KlPenalty | None = None,
+        reference: ReferencePolicy | None = None,
+        baseline: MinVariance | None = None,
         entropy_coefficient: float = 0.0,
         max_skipped_streak: int = 8,
         head_chunk: int = 1024,
@@ -84,7 +96,9 @@ class PolicyModule(PreciseModule):
         super().__init__()
         self.automatic_optimization = False
         self.policy = Policy(model, chunk=head_chunk)
-        self.objective = objective
+        self.loss = MiniBatchLoss(objective, corrections, kl, aggregation, max_response_tokens, entropy_coefficient)
+        self.baseline = baseline
+        self.reference = reference
         self.optimizer_options: dict[str, Any] = {
             "lr": lr,
             "betas": tuple(betas),
@@ -97,9 +111,6 @@ class PolicyModule(PreciseModule):
         self.layout: Layout = layout
         self.temperature = temperature
         self.denominator: Literal["behaviour", "recomputed"] = denominator
-        self.aggregation: Aggregation = aggregation
-        self.max_response_tokens = max_response_tokens
-        self.entropy_coefficient = entropy_coefficient
         self.max_skipped_streak = max_skipped_streak
         self.tap = RouterTap.attach(model)
         self.update = 0
@@ -112,8 +123,8 @@ class PolicyModule(PreciseModule):
         self._record: dict[str, float] = {}
 
     @property
-    def model(self) -> PreTrainedModel:
-        return self.policy.model
+    def objective(self) -> Objective:
+        return self.loss.objective
 
     @property
     def is_moe(self) -> bool:
@@ -138,6 +149,11 @@ class PolicyModule(PreciseModule):
         if self.is_moe and self.dtype == torch.float64 and experts != "eager":
             raise UserError(
                 f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=eager"
+            )
+        if "router_shift" in self.loss.needs and not self.is_moe:
+            raise UserError(
+                f"correction=router_shift needs a Mixture-of-Experts policy, and {type(self.model).__name__} has no "
+                "routers; take router_shift out of correction"
             )
         if self.layout != "packed":
             return
@@ -165,72 +181,86 @@ class PolicyModule(PreciseModule):
         start = time.perf_counter()
         optimizer = self.optimizers()
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        learning_rate = float(optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
-        tokens = MiniBatchTokens.build(batch, self.denominator, self.device)
-        log_prob, entropy, loss = self._backward(batch, tokens)
+        passes = self._passes(batch)
+        loss = self._backward(passes)
         grad_norm = self._clip()
-        skipped = not (np.isfinite(loss) and np.isfinite(grad_norm))
-        # of the version that the forward pass was done with, so before the step
-        whole = tokens.select(range(len(batch.samples)), log_prob, self.policy_version)
-        coefficient = self.objective.coefficient(whole)
-        self._finish(optimizer, skipped)
+        whole = passes.whole()
+        seen = self.loss.seen(whole)
+        # set before the step, so that callbacks can act on it
         self.last_update = UpdateResult(
             mini_batch=batch,
             tokens=whole,
-            coefficient=coefficient,
-            entropy=entropy,
+            corrected=seen,
+            coefficient=self.objective.corrected_coefficient(seen),
+            entropy=passes.entropy,
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            skipped=skipped,
-            seconds=time.perf_counter() - start,
+            learning_rate=float(optimizer.param_groups[0]["lr"]),  # type: ignore[union-attr]
+            skipped=not (np.isfinite(loss) and np.isfinite(grad_norm)),
+            seconds=0.0,
         )
+        learning_rate = self._finish(optimizer, self.last_update.skipped)
+        self.last_update = replace(self.last_update, learning_rate=learning_rate, seconds=time.perf_counter() - start)
         self._record_update(self.last_update)
 
-    def _backward(self, batch: MiniBatch, tokens: MiniBatchTokens) -> tuple[Tensor, Tensor, float]:
-        """Forward and backward of every micro-batch; log-probs [T], entropies [T] and the loss of the mini-batch."""
-        samples = batch.samples
-        totals = Totals(int(tokens.written.sum()), len(samples), self.max_response_tokens)
-        plan = plan_micro_batches(
-            [len(s.prompt_ids) + len(s.response_ids) for s in samples], self.token_budget, self.layout
+    def _passes(self, batch: MiniBatch) -> MiniBatchPasses:
+        return MiniBatchPasses(
+            self.policy,
+            self.tap,
+            batch.samples,
+            MiniBatchTokens.build(batch, self.denominator, self.device),
+            token_budget=self.token_budget,
+            layout=self.layout,
+            temperature=self.temperature,
+            policy_version=self.policy_version,
+            routing=bool(self._observers()),
+            needs=self.loss.needs,
         )
-        observers = [c for c in self.trainer.callbacks if isinstance(c, MicroBatchObserver)]  # type: ignore[attr-defined]
-        log_prob = torch.empty_like(tokens.behaviour_log_prob)
-        entropy = torch.empty_like(log_prob)
-        loss = 0.0
-        for sequences in plan:
-            chosen = [samples[i] for i in sequences]
-            inputs = collate(chosen, self.layout).to(self.device)
-            with self._recording(bool(observers)) as record:
-                out = self.policy(inputs, temperature=self.temperature)
-            piece = tokens.select(sequences, out.log_prob.detach(), self.policy_version)
-            weight = token_weights(self.aggregation, tokens.written[sequences], piece.sequence_index, totals)
-            micro_loss = policy_loss(weight, self.objective.multiplier(piece), out.log_prob)
-            if self.entropy_coefficient:
-                bonus = torch.where(piece.loss_mask, weight * out.entropy, 0.0).sum()
-                micro_loss = micro_loss - self.entropy_coefficient * bonus
-            self.manual_backward(micro_loss)
-            index = tokens.token_index(sequences)
-            log_prob[index] = out.log_prob.detach().to(log_prob.dtype)
-            entropy[index] = out.entropy.detach().to(entropy.dtype)
-            loss += float(micro_loss.detach())
-            if observers:
-                routing = None
-                if record is not None and self.tap is not None:
-                    routing = routing_batch(record, inputs.positions, chosen, piece.loss_mask, self.tap.layers)
-                for observer in observers:
-                    observer.on_micro_batch_end(self.trainer, self, MicroBatchOutput(chosen, piece, routing))
-        return log_prob, entropy, loss
 
-    def _recording(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        return self.tap.recording() if wanted and self.tap is not None else contextlib.nullcontext()
+    def _observers(self) -> list[MicroBatchObserver]:
+        return [c for c in self.trainer.callbacks if isinstance(c, MicroBatchObserver)]  # type: ignore[attr-defined]
+
+    def _observe(self, done: ForwardPass) -> None:
+        for observer in self._observers():
+            observer.on_micro_batch_end(self.trainer, self, done.observed)
+
+    def _backward(self, passes: MiniBatchPasses) -> float:
+        """Gradients and loss of the mini-batch."""
+        if self.baseline is not None and self.baseline.estimator == "exact":
+            return backward_per_sequence(self.loss, passes, self.manual_backward, self._observe)
+        multiplier = self._pre_pass(passes)
+        loss = 0.0
+        for done in passes.run():
+            factor = self.loss.multiplier(done.tokens) if multiplier is None else multiplier[done.index]
+            micro_loss = self.loss(passes.tokens, done, factor)
+            self.manual_backward(micro_loss)
+            loss += float(micro_loss.detach())
+            self._observe(done)
+        return loss
+
+    @torch.no_grad()
+    def _pre_pass(self, passes: MiniBatchPasses) -> Tensor | None:
+        """What needs a look at the whole mini-batch before the first backward: advantages, or multipliers [T]."""
+        multiplier = None
+        started = time.perf_counter()
+        if self.baseline is not None:
+            set_advantage_from_head(self.baseline, self.loss, passes)
+        elif self.objective.scope == "mini-batch":
+            for _ in passes.run():
+                pass
+            multiplier = self.loss.multiplier(passes.whole())
+        else:
+            return None
+        self.record({"performance/pre_pass_seconds": time.perf_counter() - started})
+        return multiplier
 
     def _clip(self) -> float:
         bound = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         return float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), bound))
 
-    def _finish(self, optimizer: Any, skipped: bool) -> None:
-        """Apply or skip the update. A skipped one advances the schedule and the data, not the version."""
+    def _finish(self, optimizer: Any, skipped: bool) -> float:
+        """Apply or skip the update; the learning rate that it had. A skipped one advances the schedule and the data,
+        not the version."""
         if skipped:
             optimizer.zero_grad(set_to_none=True)
             self.skipped_updates += 1
@@ -239,6 +269,7 @@ class PolicyModule(PreciseModule):
             optimizer.step()
             self.policy_version += 1
             self.skipped_streak = 0
+        learning_rate = float(optimizer.param_groups[0]["lr"])  # a callback may have changed it for this step
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.update += 1
         if self.skipped_streak >= self.max_skipped_streak:
@@ -247,6 +278,7 @@ class PolicyModule(PreciseModule):
                 f"(optim.max_skipped_streak={self.max_skipped_streak}); {self._last_checkpoint()}: look at the last "
                 "rollouts, or lower optim.lr"
             )
+        return learning_rate
 
     def _last_checkpoint(self) -> str:
         callback = self.trainer.checkpoint_callback
@@ -269,7 +301,7 @@ class PolicyModule(PreciseModule):
                 "train/learning_rate": result.learning_rate,
                 "train/skipped_updates": float(self.skipped_updates),
                 "train/policy_version": float(self.policy_version),
-                **self.objective.statistics(result.tokens),
+                **self.loss.statistics(result.tokens, result.corrected),
                 **result.mini_batch.rollout_metrics,
             }
         )
@@ -287,34 +319,3 @@ class PolicyModule(PreciseModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["policy_state"].items():
             setattr(self, name, value)
-
-    # ---- what engines ask of the policy ------------------------------------------------------------------------
-
-    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Current weights under checkpoint names."""
-        return checkpoint_tensors(self.model)
-
-    @torch.no_grad()
-    def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """float32 [T] per sample: this trainer's log-probs at the current weights and the sampling temperature."""
-        results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(samples)
-        plan = plan_micro_batches(
-            [len(s.prompt_ids) + len(s.response_ids) for s in samples], self.token_budget, self.layout
-        )
-        for sequences in plan:
-            chosen = [samples[i] for i in sequences]
-            with self._precision():
-                out = self.policy(collate(chosen, self.layout).to(self.device), temperature=self.temperature)
-            pieces = out.log_prob.float().cpu().split([len(s.response_ids) for s in chosen])
-            for i, piece in zip(sequences, pieces, strict=True):
-                results[i] = piece.numpy()
-        return results
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """float32 [len - 1] per sequence: log-probs at temperature 1 of tokens 1.. given their prefixes."""
-        with self._precision():
-            return score_sequences(self.model, sequences)
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The trainer's own precision, for forward passes outside of training_step."""
-        return self.trainer.precision_plugin.forward_context()

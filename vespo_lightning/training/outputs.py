@@ -48,8 +48,11 @@ class UpdateResult:
 
     mini_batch: MiniBatch
     tokens: TokenBatch
+    """before corrections: what the data are"""
+    corrected: TokenBatch
+    """after corrections: what the objective saw"""
     coefficient: Tensor
-    """[T] the objective's coefficient before the advantage"""
+    """[T] the objective's coefficient with the weights of corrections, before the advantage"""
     entropy: Tensor
     """[T] entropy of the policy at each position, nats"""
     loss: float

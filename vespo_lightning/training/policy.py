@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vespo_lightning.errors import UserError
+from vespo_lightning.training.gradient_norms import head_gradient_squared_norms
 from vespo_lightning.training.log_probs import LogProbs, chunked_log_probs
 
 
@@ -38,6 +40,17 @@ class ModelInputs:
         )
 
 
+@dataclass(frozen=True)
+class NormRequest:
+    """Asks for the squared norm of the head's gradient of ``sum of weight * log pi`` over each sequence."""
+
+    weight: Tensor
+    """[T]"""
+    sequence_index: Tensor
+    """int64 [T], non-decreasing"""
+    sequences: int
+
+
 class Policy(nn.Module):
     """A Hugging Face causal LM behind the log-prob head of :mod:`vespo_lightning.training.log_probs`.
 
@@ -56,8 +69,19 @@ class Policy(nn.Module):
                 # transformers recomputes only in layers that are in training mode; dropout has modules of its own
                 layer.training = layer.gradient_checkpointing
 
-    def forward(self, inputs: ModelInputs, temperature: float = 1.0, extra_ids: Tensor | None = None) -> LogProbs:
-        """Float32 log-probs and entropy of ``inputs.targets`` (float64 for a float64 model)."""
+    def forward(
+        self,
+        inputs: ModelInputs,
+        temperature: float = 1.0,
+        extra_ids: Tensor | None = None,
+        norms_of: Callable[[Tensor], NormRequest] | None = None,
+    ) -> LogProbs:
+        """Float32 log-probs and entropy of ``inputs.targets`` (float64 for a float64 model).
+
+        Args:
+            extra_ids: int64 [T, K] further token ids whose log-probs are wanted.
+            norms_of: asks for gradient norms, whose weights it gives when the log-probs [T] are known.
+        """
         decoder = self.model.base_model(
             input_ids=inputs.input_ids,
             attention_mask=inputs.attention_mask,
@@ -66,15 +90,32 @@ class Policy(nn.Module):
         )
         hidden = decoder.last_hidden_state.flatten(0, 1)[inputs.positions]
         head = self.model.get_output_embeddings()
-        return chunked_log_probs(
+        bias = getattr(head, "bias", None)
+        out = chunked_log_probs(
             hidden,
             head.weight,
             inputs.targets,
-            bias=getattr(head, "bias", None),
+            bias=bias,
             temperature=temperature,
             chunk=self.chunk,
             extra_ids=extra_ids,
         )
+        if norms_of is None:
+            return out
+        wanted = norms_of(out.log_prob.detach())
+        norms = head_gradient_squared_norms(
+            hidden,
+            head.weight,
+            inputs.targets,
+            out.log_prob.detach(),
+            wanted.weight,
+            wanted.sequence_index,
+            wanted.sequences,
+            bias=bias,
+            temperature=temperature,
+            chunk=self.chunk,
+        )
+        return out._replace(squared_norm=norms)
 
 
 @torch.no_grad()

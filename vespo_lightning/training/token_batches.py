@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vespo_lightning.objectives.base import TokenBatch
-from vespo_lightning.rollouts.sample import MiniBatch, Sample
+from vespo_lightning.objectives.base import TokenBatch, TopLogProbs
+from vespo_lightning.rollouts.sample import MiniBatch
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,13 @@ class MiniBatchTokens:
 
     behaviour_log_prob: Tensor
     recomputed_log_prob: Tensor | None
+    reference_log_prob: Tensor | None
+    top_ids: Tensor | None
+    """int64 [T, K]"""
+    top_behaviour: Tensor | None
+    """float32 [T, K]"""
+    top_holds_sampled: Tensor | None
+    """bool [T]"""
     loss_mask: Tensor
     """bool [T] tokens in the loss: written by the policy, in a sample that the loss keeps"""
     written: Tensor
@@ -44,12 +51,20 @@ class MiniBatchTokens:
         def flat(arrays: Sequence[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(arrays)).to(device)
 
-        recomputed = None
-        if all(s.recomputed_log_probs is not None for s in samples):
-            recomputed = flat([_known(s) for s in samples])
+        def optional(arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+            known = [array for array in arrays if array is not None]
+            return flat(known) if len(known) == len(arrays) else None
+
+        top_ids = optional([s.top_ids for s in samples])
         return cls(
             behaviour_log_prob=flat([s.behaviour_log_probs for s in samples]),
-            recomputed_log_prob=recomputed,
+            recomputed_log_prob=optional([s.recomputed_log_probs for s in samples]),
+            reference_log_prob=optional([s.reference_log_probs for s in samples]),
+            top_ids=None if top_ids is None else top_ids.long(),
+            top_behaviour=optional([s.top_log_probs for s in samples]),
+            top_holds_sampled=None
+            if top_ids is None
+            else (top_ids == flat([s.response_ids for s in samples])[:, None]).any(dim=1),
             loss_mask=flat([s.loss_mask & keep for s, keep in zip(samples, batch.in_loss, strict=True)]),
             written=torch.tensor([int(s.loss_mask.sum()) for s in samples], device=device),
             version_made=flat([s.versions() for s in samples]),
@@ -69,14 +84,29 @@ class MiniBatchTokens:
         within = within - torch.repeat_interleave(torch.cumsum(lengths, 0) - lengths, lengths)
         return torch.repeat_interleave(self.offset[chosen], lengths) + within
 
-    def select(self, sequences: Sequence[int], log_prob: Tensor, policy_version: int) -> TokenBatch:
-        """The numbers of some whole sequences; ``log_prob`` [t] is the current policy's, in the same order."""
+    def select(
+        self,
+        sequences: Sequence[int],
+        log_prob: Tensor,
+        policy_version: int,
+        top: Tensor | None = None,
+        router_shift: Tensor | None = None,
+    ) -> TokenBatch:
+        """The numbers of some whole sequences.
+
+        Args:
+            log_prob: [t] of the current policy, in the order of ``sequences``; so are ``top`` [t, K], its log-probs
+                of ``top_ids``, and ``router_shift`` [t].
+        """
         chosen = torch.as_tensor(sequences, device=self.length.device)
         index = self.token_index(sequences)
         return TokenBatch(
             log_prob=log_prob,
             behaviour_log_prob=self.behaviour_log_prob[index],
-            recomputed_log_prob=None if self.recomputed_log_prob is None else self.recomputed_log_prob[index],
+            recomputed_log_prob=_at(self.recomputed_log_prob, index),
+            reference_log_prob=_at(self.reference_log_prob, index),
+            top=self._top(index, top),
+            router_shift=router_shift,
             sequence_index=torch.repeat_interleave(
                 torch.arange(len(chosen), device=chosen.device), self.length[chosen]
             ),
@@ -88,7 +118,11 @@ class MiniBatchTokens:
             denominator=self.denominator,
         )
 
+    def _top(self, index: Tensor, current: Tensor | None) -> TopLogProbs | None:
+        if self.top_behaviour is None or self.top_holds_sampled is None or current is None:
+            return None
+        return TopLogProbs(self.top_behaviour[index], current, self.top_holds_sampled[index])
 
-def _known(sample: Sample) -> np.ndarray:
-    assert sample.recomputed_log_probs is not None
-    return sample.recomputed_log_probs
+
+def _at(values: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if values is None else values[index]
