@@ -65,6 +65,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     from vespo_lightning.rollouts.loader import RolloutLoader
     from vespo_lightning.rollouts.producer import RolloutProducer
     from vespo_lightning.rollouts.prompt_lengths import check_response_length
+    from vespo_lightning.routing.losses import RouterLosses
     from vespo_lightning.training.loss import loss_needs
     from vespo_lightning.training.module import PolicyModule
 
@@ -80,8 +81,15 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
     check_response_length(
         "rollout.max_new_tokens", cfg.rollout.max_new_tokens, tokenizer, [*task.held_out(), *first], context
     )
-    dtype = "bfloat16" if cfg.trainer.precision == "bf16-true" else "float32"
-    model = load_model(model_path, dtype, cfg.model.experts, cfg.model.gradient_checkpointing)
+    dtype = {"bf16-true": "bfloat16", "64-true": "float64"}.get(cfg.trainer.precision, "float32")
+    model = load_model(
+        model_path,
+        dtype,
+        cfg.model.experts,
+        cfg.model.gradient_checkpointing,
+        cfg.model.freeze_router,
+        cfg.model.router_dtype,
+    )
     reference = reference_policy(cfg, kl.reference or model_path, dtype, tokenizer) if kl is not None else None
     rollout = dict(cfg.rollout)
     passes = rollout.pop("passes")
@@ -92,7 +100,10 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         str(folder / "rollouts"),
         context=context,
         seed=cfg.seed,
-        recompute=cfg.denominator == "recomputed" or "recomputed_log_prob" in loss_needs(objective, corrections),
+        recompute="recomputed_log_prob" in loss_needs(objective, corrections)
+        or cfg.denominator == "recomputed"
+        or cfg.routing.mode == "r2",
+        routing=cfg.routing.mode,
         reference=kl is not None,
         **rollout,
     )
@@ -116,6 +127,9 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         corrections=corrections,
         kl=kl,
         reference=reference,
+        routing=cfg.routing.mode,
+        gate_weights=cfg.routing.gate_weights,
+        router_losses=RouterLosses(**cfg.router_loss),
         baseline=advantage if isinstance(advantage, MinVariance) else None,
         entropy_coefficient=cfg.entropy_coefficient,
         **OmegaConf.to_container(cfg.optim),
@@ -162,7 +176,8 @@ def reference_policy(cfg: DictConfig, path: str, dtype: str, tokenizer: Any) -> 
     try:
         path = resolve_model_path(path)
         check_same_tokenizer(load_tokenizer(path), tokenizer, path)
-        return ReferencePolicy(load_model(path, dtype, cfg.model.experts), path, cfg.batching.head_chunk)
+        model = load_model(path, dtype, cfg.model.experts, router_dtype=cfg.model.router_dtype)
+        return ReferencePolicy(model, path, cfg.batching.head_chunk)
     except UserError as error:  # loading knows one path only
         raise UserError(str(error).replace("model.path=", "kl.reference=", 1)) from error
 

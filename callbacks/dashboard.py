@@ -82,8 +82,26 @@ LAYOUT: dict[str, dict[str, Chart]] = {
         "load entropy": ("Multiline", [r"router/load_entropy(/layer_\d+)?$"]),
         "router entropy": ("Multiline", [r"router/entropy(/layer_\d+)?$"]),
         "dead experts": ("Multiline", [r"router/dead_experts(/layer_\d+)?$"]),
-        "changed expert sets": ("Multiline", [r"router/changed_sets(/layer_\d+)?$"]),
-        "divergence from generation time": ("Multiline", [r"router/js_divergence(/layer_\d+)?$"]),
+        "log-ratio per token: routing or weights": ("Multiline", [r"router/log_ratio(_routing|_weights)?_abs$"]),
+        "log-ratio per response: routing or weights": (
+            "Multiline",
+            [r"router/sequence_log_ratio(_routing|_weights)?_abs$"],
+        ),
+        "share of variance due to routing": ("Multiline", [r"router/(sequence_)?log_ratio_routing_share$"]),
+        "changed expert sets: engine, since generation, per update": (
+            "Multiline",
+            [r"router/(engine_|update_)?changed_sets$"],
+        ),
+        "router divergence: engine, since generation, per update": (
+            "Multiline",
+            [r"router/(engine_|update_)?js_divergence$"],
+        ),
+        "changed sets by layer": ("Multiline", [r"router/changed_sets(/layer_\d+)?$"]),
+        "router-shift ratio": ("Multiline", [r"router/shift_ratio$"]),
+        "load, min and mean violation": ("Multiline", [r"router/load_(min|mean)_violation$"]),
+        "load-balance loss": ("Multiline", [r"router/load_balance_loss(/layer_\d+)?$"]),
+        "confidence and margin": ("Multiline", [r"router/(confidence|margin)$"]),
+        "z-loss": ("Multiline", [r"router/z_loss(/layer_\d+)?$"]),
     },
     "Performance": {
         "samples per second": ("Multiline", ["performance/samples_per_second$"]),

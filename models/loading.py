@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -18,6 +20,8 @@ from transformers import (
 )
 
 from vespo_lightning.errors import UserError
+from vespo_lightning.models.experts import check_experts_backend
+from vespo_lightning.models.routers import compute_routers_in_float32, freeze_routers, routers_loaded_in_float32
 
 #: ``model.path=builtin:<name>`` means a folder that ships inside the package.
 BUILTIN = "builtin:"
@@ -83,26 +87,34 @@ def load_model(
     dtype: str = "float32",
     experts: str = "grouped_mm",
     gradient_checkpointing: bool = False,
+    freeze_router: bool = False,
+    router_dtype: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM, dense or MoE.
 
     Args:
         path: folder, hub id or ``builtin:<name>``.
         dtype: of the parameters, a name such as ``float32``.
-        experts: how MoE blocks compute, a name of transformers' experts interface (``grouped_mm``, ``eager``);
-            dense models ignore it.
+        experts: how MoE blocks compute, see :mod:`vespo_lightning.models.experts`; dense models ignore it.
         gradient_checkpointing: recompute activations in the backward pass (non-reentrant).
+        freeze_router: leave the parameters of routers out of training.
+        router_dtype: ``float32`` keeps and computes routers in float32 whatever ``dtype`` and autocast say; None
+            treats them like the rest.
 
     Raises:
-        UserError: the folder is incomplete or damaged, or ``experts`` is unknown.
+        UserError: the folder is incomplete or damaged, ``experts`` or ``router_dtype`` is unknown or cannot run, or
+            options of routers are given for a dense model.
     """
     path = resolve_model_path(path)
-    options = {"experts_implementation": experts} if is_moe_config(path) else {}
+    moe = is_moe_config(path)
+    _check_router_options(path, moe, freeze_router, router_dtype)
+    if moe:
+        check_experts_backend(experts, getattr(torch, dtype))
+    options = {"experts_implementation": experts} if moe else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        with routers_loaded_in_float32(path) if router_dtype else contextlib.nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if "experts_implementation" in str(error):
-            raise UserError(f"model.experts={experts} is unknown; use grouped_mm or eager") from error
         raise UserError(f"model.path={path}: the model does not load ({_first_line(error)})") from error
     model, found = loaded
     if found["missing_keys"]:
@@ -112,9 +124,24 @@ def load_model(
             f"model.path={path} lacks {len(names)} weights of {type(model).__name__} ({names[0]}, ...); "
             "give the folder that the model was saved in"
         )
+    if router_dtype:
+        compute_routers_in_float32(model)
+    if freeze_router:
+        freeze_routers(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _check_router_options(path: str, moe: bool, freeze_router: bool, router_dtype: str | None) -> None:
+    if router_dtype not in (None, "float32"):
+        raise UserError(f"model.router_dtype={router_dtype} is not supported; use null or float32")
+    for wrong, way_out in (
+        ("model.freeze_router=true" if freeze_router else None, "model.freeze_router=false"),
+        (f"model.router_dtype={router_dtype}" if router_dtype else None, "model.router_dtype=null"),
+    ):
+        if wrong and not moe:
+            raise UserError(f"{wrong}: model.path={path} is a dense model and has no routers; use {way_out}")
 
 
 def is_moe_config(path: str) -> bool:

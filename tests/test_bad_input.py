@@ -66,7 +66,7 @@ def refusal(folder: Path, *argv: str, script: str = "train.py", sabotage: Sabota
         ("trainer.accelerator=gpu2", r"Lightning refuses .*trainer\.accelerator=gpu2.* \(.*\); change it or .*"),
         ("model.path=./nowhere", r"model\.path=\./nowhere: no such folder; give a Hugging Face model folder or .*"),
         ("model.path=builtin:big", r"model\.path=builtin:big is unknown; built-in models: tiny-addition-moe"),
-        ("model.experts=fast", r"model\.experts=fast is unknown; use grouped_mm or eager"),
+        ("model.experts=fast", r"model\.experts=fast is unknown; use grouped_mm, eager, loop or megablocks"),
         ("task=gsm8k", r"task\.path has no value; type task\.path=\.\.\."),
         ("task=gsm8k task.path=no.jsonl", r"task\.path=no\.jsonl does not exist; give a file, a folder or .*"),
         ("task.min_digits=7", r"task\.min_digits=7 and task\.max_digits=6 leave no numbers to add; .*"),

@@ -21,6 +21,7 @@ from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.grpo import Grpo
 from vespo_lightning.objectives.vespo import Vespo
+from vespo_lightning.routing.drift import RoutingDrift
 from vespo_lightning.routing.statistics import RouterStatistics
 from vespo_lightning.training.outputs import RoutingBatch
 
@@ -84,8 +85,13 @@ def router_names() -> set[str]:
     statistics = RouterStatistics([3], num_experts=4)
     probs, experts = torch.full((2, 1, 4), 0.25), torch.zeros(2, 1, 1, dtype=torch.long)
     mask = torch.ones(2, dtype=torch.bool)
-    statistics.update(RoutingBatch([3], experts, probs.log(), probs, mask, experts, probs[..., :1]))
-    return {f"router/{name}" for name in statistics.metrics()}
+    statistics.update(RoutingBatch([3], experts, probs.log(), probs, mask, experts, probs[..., :1], experts))
+    names = set(statistics.metrics())
+    for prefix in ("engine_", "update_"):
+        drift = RoutingDrift([3], prefix=prefix)
+        drift.update(experts, experts, mask, (probs[..., :1], probs[..., :1]))
+        names |= drift.metrics().keys()
+    return {f"router/{name}" for name in names}
 
 
 def names_put_together() -> set[str]:

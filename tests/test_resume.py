@@ -31,6 +31,20 @@ SMALL_RUN = [
     "callbacks.router_monitor.heatmap_every=5",
     "optim.lr=1e-3",
 ]
+#: Whatever else has a state or makes rollouts in another way.
+EVERYTHING = [
+    *SMALL_RUN,
+    "callbacks=vcpo",
+    "rollout.dynamic_sampling=true",
+    "rollout.passes=2",
+    "rollout.top_p=0.95",
+    "rollout.top_log_probs=4",
+    "advantage=leave_one_out",
+    "denominator=recomputed",
+    "correction=[mis,opsm]",
+    "kl=reward_k1",
+    "routing=r2",
+]
 KILLED = -signal.SIGKILL
 
 
@@ -151,6 +165,21 @@ def test_killed_at_a_named_point(moment: str, tmp_path: Path, uninterrupted: dic
     assert run_train(folder, [*SMALL_RUN, f"hydra.run.dir={folder}"], kill_points()[moment]) == KILLED
     assert run_train(folder, [f"resume={folder}"]) == 0
     assert_same(outcome(folder), uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("everything") / "run"
+    assert run_train(folder, [*EVERYTHING, f"hydra.run.dir={folder}"]) == 0
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("moment", ["between chunks of a later rollout", "before an optimizer step"])
+def test_killed_with_everything_on(moment: str, tmp_path: Path, everything: dict[str, object]) -> None:
+    folder = tmp_path / "run"
+    assert run_train(folder, [*EVERYTHING, f"hydra.run.dir={folder}"], kill_points()[moment]) == KILLED
+    assert run_train(folder, [f"resume={folder}"]) == 0
+    assert_same(outcome(folder), everything)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])

@@ -94,7 +94,7 @@ def test_the_summary(run: Run) -> None:
     assert accuracy["best"]["accuracy"] == metrics["eval/accuracy"].max()
     assert summary["mismatch"]["mismatch/k3_kl"] == metrics["mismatch/k3_kl"][5]
     phases = summary["seconds_by_phase"]
-    assert phases.keys() == {"generate", "verify", "sync", "update", "evaluate"}
+    assert phases.keys() == {"generate", "verify", "sync", "update", "evaluate", "router_drift"}
     assert 0 < sum(phases.values()) < summary["wall_seconds"]
 
 
@@ -259,10 +259,21 @@ def test_a_small_token_budget_changes_memory_not_the_update(run: Run, tmp_path: 
     assert metrics["train/grad_norm"][1] == pytest.approx(run.metrics()["train/grad_norm"][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("routing", ["r2", "r3"])
+def test_replayed_routing(routing: str, run: Run, tmp_path: Path) -> None:
+    """At generation weights the replay changes nothing; later the experts used stay those of generation."""
+    replayed = train(tmp_path / routing, "updates=4", f"routing={routing}").metrics()
+    native = run.metrics()
+    assert replayed["importance/log_weight_std"][1] == pytest.approx(native["importance/log_weight_std"][1], abs=1e-4)
+    assert replayed["train/grad_norm"][1] == pytest.approx(native["train/grad_norm"][1], rel=1e-3)
+    assert replayed["train/grad_norm"][4] != native["train/grad_norm"][4]
+    assert replayed["router/changed_sets"][4] > 0  # of what the routers would choose themselves
+
+
 def test_callbacks_can_be_left_out(tmp_path: Path) -> None:
     left_out = [
-        "weight_variance", "weight_alarms", "shadow_objectives", "router_monitor", "sample_table", "evaluation",
-        "checkpoint", "engine_mismatch",
+        "weight_variance", "weight_alarms", "shadow_objectives", "router_monitor", "router_drift", "sample_table",
+        "evaluation", "checkpoint", "engine_mismatch",
     ]  # fmt: skip
     folder = train(tmp_path / "bare", "updates=2", *(f"callbacks.{name}=null" for name in left_out),
                    base=["staleness.n=2", "mini_batch_size=16"]).folder  # fmt: skip

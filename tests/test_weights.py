@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from pieces import tokenizer as tiny_tokenizer
 from routing.moe_families import family_model, tiny_model
 from safetensors import safe_open
 
+from vespo_lightning.rollouts.transformers_engine import TransformersEngine
+from vespo_lightning.rollouts.weight_check import fingerprint
 from vespo_lightning.weights import InPlaceLoader, checkpoint_tensors
 
 DENSE = {
@@ -20,6 +23,14 @@ DENSE = {
     "llama_untied": ("LlamaConfig", {"tie_word_embeddings": False}),
 }
 MOE = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe"]
+
+STEERED = ["deepseek_v3", "glm4_moe", "dots1", "minimax_m2", "lfm2_moe", "ernie4_5_moe", "afmoe"]
+
+
+def steering_biases(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Buffers in most families, parameters without gradients in ERNIE 4.5 and AFMoE."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(("score_correction_bias", "expert_bias"))}
 
 
 def make(family: str) -> transformers.PreTrainedModel:
@@ -101,6 +112,35 @@ def test_other_precision_and_transposed_memory():
     InPlaceLoader(target).load(strided)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", STEERED)
+def test_steering_biases_reach_the_engine(family, dtype, tmp_path: Path):
+    """Biases that steer the choice of experts are no trained parameters, and engines must have them all the same."""
+    trainer = family_model(family)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trainer.save_pretrained(tmp_path)
+    engine = TransformersEngine(dtype=dtype, device="cpu")
+    engine.start(str(tmp_path))
+    before = engine.fingerprint()
+    sent = steering_biases(trainer)
+    assert len(sent) >= 2 and not any(tensor.requires_grad for tensor in sent.values())
+    with torch.no_grad():
+        for place, tensor in enumerate(sent.values()):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(place)))
+    names = [name for name, _ in checkpoint_tensors(trainer)]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(names) == set(file.keys())
+    assert sum("correction_bias" in name or "expert_bias" in name for name in names) == len(sent)
+    engine.load_weights(checkpoint_tensors(trainer), 1)
+    got = steering_biases(engine.model)
+    assert got.keys() == sent.keys()
+    for name, tensor in sent.items():
+        assert torch.equal(got[name], tensor.to(got[name].dtype)), name
+        assert not torch.equal(got[name], torch.zeros_like(got[name]))
+    expected = fingerprint((tensor for _, tensor in checkpoint_tensors(trainer)), getattr(torch, dtype))
+    assert engine.fingerprint() == expected != before
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "twice", "shape"])

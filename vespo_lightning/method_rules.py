@@ -21,7 +21,7 @@ def method_rules(cfg: Any) -> Iterator[str]:
     Args:
         cfg: the composed configuration of ``train.py``.
     """
-    for rules in (_corrections, _router_shift, _objective, _min_variance):
+    for rules in (_corrections, _router_shift, _router_loss, _replay, _objective, _min_variance):
         yield from rules(cfg)
 
 
@@ -72,6 +72,37 @@ def _router_shift(cfg: Any) -> Iterator[str]:
         )
 
 
+def _router_loss(cfg: Any) -> Iterator[str]:
+    if cfg.model.get("freeze_router") and any(cfg.router_loss.values()):
+        yield (
+            "model.freeze_router=true with router_loss above 0 would push the layers below the routers instead of "
+            "them; set router_loss.load_balance=0 router_loss.z=0 or model.freeze_router=false"
+        )
+
+
+def _replay(cfg: Any) -> Iterator[str]:
+    mode, weights = cfg.routing.mode, cfg.routing.gate_weights
+    if mode not in ("native", "r2", "r3"):
+        yield f"routing.mode={mode} is unknown; use routing=native, routing=r2 or routing=r3"
+    if weights not in ("live", "recorded"):
+        yield f"routing.gate_weights={weights} is unknown; valid: live, recorded"
+    if mode == "r3" and not cfg.engine.get("record_routing", True):
+        yield (
+            "routing=r3 replays the engine's routing, which engine.record_routing=false leaves out; set "
+            "engine.record_routing=true"
+        )
+    if weights == "recorded" and mode != "r3":
+        yield (
+            f"routing.gate_weights=recorded replays what the engine recorded and does nothing with routing={mode}; "
+            "use routing=r3"
+        )
+    elif weights == "recorded" and _module(cfg.engine) == "vllm_engine":
+        yield (
+            "routing.gate_weights=recorded needs the router's probabilities when the response was sampled, of which "
+            "engine=vllm returns none; use engine=transformers or routing.gate_weights=live"
+        )
+
+
 def _objective(cfg: Any) -> Iterator[str]:
     name = _module(cfg.objective)
     divergence = str(cfg.objective.get("divergence"))
@@ -109,6 +140,11 @@ def _min_variance(cfg: Any) -> Iterator[str]:
     if cfg.advantage.get("estimator") != "exact":
         return
     remedy = "or use advantage.estimator=proxy"
+    if any(cfg.router_loss.values()):
+        yield (
+            "advantage.estimator=exact splits the gradient by response and has no place for router_loss; set "
+            f"router_loss.load_balance=0 router_loss.z=0 {remedy}"
+        )
     if cfg.entropy_coefficient:
         yield (
             f"advantage.estimator=exact splits the gradient by response and has no place for an entropy bonus "

@@ -16,6 +16,7 @@ from vespo_lightning.callbacks.summary import MISMATCH, REWARD
 from vespo_lightning.diagnostics.importance import coefficient_distribution, importance_statistics
 from vespo_lightning.diagnostics.shadow import shadow_statistics
 from vespo_lightning.objectives.vespo import Vespo
+from vespo_lightning.routing.drift import RoutingDrift
 from vespo_lightning.routing.statistics import RouterStatistics
 from vespo_lightning.training.outputs import RoutingBatch
 
@@ -44,9 +45,15 @@ def names_put_together_at_run_time() -> set[str]:
     probs = torch.full((3, 2, 4), 0.25)
     experts = torch.zeros(3, 2, 1, dtype=torch.long)
     mask = torch.ones(3, dtype=torch.bool)
-    routing.update(RoutingBatch([0, 2], experts, probs.log(), probs, mask, experts, probs[..., :1]))
+    routing.update(RoutingBatch([0, 2], experts, probs.log(), probs, mask, experts, probs[..., :1], experts))
+    drifted = set()
+    for prefix in ("engine_", "update_"):
+        drift = RoutingDrift([0, 2], prefix=prefix)
+        drift.update(experts, experts, mask, (probs[..., :1], probs[..., :1]))
+        drifted |= {f"router/{name}" for name in drift.metrics()}
     return (
-        importance_statistics(result.tokens).keys()
+        drifted
+        | importance_statistics(result.tokens).keys()
         | coefficient_distribution(result.coefficient, result.tokens).keys()
         | {f"router/{name}" for name in routing.metrics()}
         | shadow_statistics({"vespo": Vespo()}, result.tokens, result.coefficient).keys()

@@ -33,6 +33,7 @@ def routing(seed: int = 0, move: float = 0.5) -> RoutingBatch:
         mask=torch.ones(TOKENS, dtype=torch.bool),
         recorded_experts=top.indices,
         recorded_top_probs=top.values.half().float(),
+        native_experts=logits.topk(ACTIVE).indices,
     )
 
 

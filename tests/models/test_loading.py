@@ -151,7 +151,7 @@ def test_export_and_load_give_the_same_model(exported, dtype):
     assert model.generation_config.eos_token_id == tokenizer().eos_token_id
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("experts", ["grouped_mm", "eager", "loop"])
 def test_experts_compute_as_asked(exported, experts):
     model = load_model(str(exported), experts=experts)
     assert model.config._experts_implementation == experts
@@ -160,9 +160,35 @@ def test_experts_compute_as_asked(exported, experts):
         torch.testing.assert_close(model(ids).logits, tiny_policy()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_experts_and_dtypes(exported):
-    with pytest.raises(UserError, match=r"model\.experts=nonsense"):
+def test_loop_is_the_backend_for_float64(exported):
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = [load_model(str(exported), "float64", experts)(ids).logits for experts in ("loop", "eager")]
+    assert logits[0].dtype == torch.float64
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match=r"^model\.experts=grouped_mm does not compute in float64; use .*=loop$"):
+        load_model(str(exported), "float64")
+
+
+def test_unknown_experts(exported):
+    with pytest.raises(UserError, match=r"^model\.experts=nonsense is unknown; use grouped_mm, eager, loop or megabl"):
         load_model(str(exported), experts="nonsense")
+
+
+@pytest.mark.parametrize("router_dtype", [None, "float32"])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_options_of_routers(exported, freeze, router_dtype):
+    model = load_model(str(exported), "bfloat16", freeze_router=freeze, router_dtype=router_dtype)
+    for layer in model.model.layers:
+        gate = layer.mlp.gate.weight
+        assert gate.requires_grad is not freeze
+        assert gate.dtype == (torch.float32 if router_dtype else torch.bfloat16)
+        assert layer.mlp.experts.down_proj.requires_grad and layer.mlp.experts.down_proj.dtype == torch.bfloat16
+
+
+def test_unknown_router_dtypes(exported):
+    with pytest.raises(UserError, match=r"^model\.router_dtype=float16 is not supported; use null or float32$"):
+        load_model(str(exported), router_dtype="float16")
 
 
 def test_gradient_checkpointing_is_switched_on(exported):
@@ -179,6 +205,9 @@ def test_dense_models_load_too(tmp_path):
     folder = export_hf(LlamaForCausalLM(config), tokenizer(), tmp_path / "dense")
     assert not is_moe_config(str(folder))
     assert context_length(load_model(str(folder))) == 99
+    for options in ({"freeze_router": True}, {"router_dtype": "float32"}):
+        with pytest.raises(UserError, match=r"^model\.(freeze_router=true|router_dtype=float32): .* is a dense model"):
+            load_model(str(folder), **options)
 
 
 def test_moe_configurations_are_recognised(exported):

@@ -35,8 +35,12 @@ class FakePolicy:
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         return [score(self.weight, s) for s in sequences]
 
-    def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        return [np.full(len(s.response_ids), -float(self.weight[0]), dtype=np.float32) for s in samples]
+    def recompute(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            sample.recomputed_log_probs = np.full(len(sample.response_ids), -float(self.weight[0]), dtype=np.float32)
+
+    def check_routing(self, samples: Sequence[Sample]) -> None:
+        assert samples
 
     def reference_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         return [self.reference * s.response_ids.astype(np.float32) / 24 for s in samples]

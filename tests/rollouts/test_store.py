@@ -50,6 +50,7 @@ def samples(count: int = 5, extras: bool = True) -> list[Sample]:
                 top_log_probs=rng.standard_normal((t, 3)).astype(np.float32) if extras else None,
                 routed_experts=routing if extras else None,
                 router_top_probs=rng.random(routing.shape).astype(np.float16) if extras else None,
+                trainer_experts=routing[::-1].copy() if extras else None,
             )
         )
     return made

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 VOCAB = 64
 EXPERTS, TOP_K = 8, 2
@@ -61,6 +61,12 @@ FAMILIES = {
     ),
     "olmoe": ("OlmoeConfig", {"num_experts": EXPERTS}, [0, 1, 2], "softmax"),
     "deepseek_v2": ("DeepseekV2Config", GROUPED | LATENT, [1, 2], "softmax"),
+    "deepseek_v2_grouped": (
+        "DeepseekV2Config",
+        GROUPED | LATENT | {"topk_method": "group_limited_greedy"},
+        [1, 2],
+        "softmax",
+    ),
     "glm4_moe": ("Glm4MoeConfig", GROUPED, [1, 2], "sigmoid"),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": EXPERTS, "head_dim": 8}, [0, 1, 2], "softmax"),
     "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": EXPERTS, "head_dim": 8}, [0, 1, 2], "sigmoid"),
@@ -160,3 +166,37 @@ def tiny_model(config_class: str, **settings: object) -> nn.Module:
 def family_model(family: str) -> nn.Module:
     config_class, settings, _, _ = FAMILIES[family]
     return tiny_model(config_class, **settings)
+
+
+def token_ids(batch: int = 2, length: int = 5, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def watch_experts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What the experts modules are really given, in the order in which they run: (experts [R, K], weights [R, K])."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, args: seen.append((args[1].clone(), args[2].detach().clone())))
+    return seen
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """In layer order."""
+    return [module for module in model.modules() if type(module).__name__.endswith(("Router", "MoEV1Gate"))]
+
+
+def router_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the routers' own projections."""
+    return {
+        f"{place}.{name}": value.grad
+        for place, router in enumerate(routers(model))
+        for name, value in router.named_parameters()
+        if value.dim() == 2 and value.shape[0] == EXPERTS
+    }
+
+
+def other_experts(experts: Tensor) -> Tensor:
+    """Distinct experts, none of them where it was; in the same group of two in group-limited families."""
+    half = EXPERTS // 2
+    return experts // half * half + (experts % half + 1) % half

@@ -1,7 +1,8 @@
 import numpy as np
+import pytest
 import torch
 
-from vespo_lightning.routing.layout import collapse_layers, expand_layers
+from vespo_lightning.routing.layout import collapse_layers, compact_experts, expand_layers, widen_experts
 
 
 def test_experts_go_to_their_decoder_layers_and_back() -> None:
@@ -27,3 +28,18 @@ def test_probabilities_are_kept_in_half_precision_and_zero_in_dense_layers() -> 
 
 def test_no_tokens() -> None:
     assert expand_layers(torch.empty(0, 1, 2, dtype=torch.int64), [1], 3).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(7, np.uint8), (254, np.uint8), (255, np.int16), (2000, np.int16)])
+def test_compact_experts_come_back(largest: int, dtype: type) -> None:
+    experts = np.array([[[3, largest], [-1, -1]], [[0, 1], [-1, -1]]], dtype=np.int16)
+    stored = compact_experts(experts)
+    assert stored.dtype == dtype
+    back = widen_experts(stored)
+    assert back.dtype == np.int16
+    assert back.tolist() == experts.tolist()
+
+
+def test_compacting_no_tokens() -> None:
+    stored = compact_experts(np.empty((0, 3, 2), dtype=np.int16))
+    assert stored.shape == widen_experts(stored).shape == (0, 3, 2)

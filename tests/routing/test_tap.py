@@ -2,28 +2,11 @@ import copy
 
 import pytest
 import torch
-from moe_families import EXPERTS, FAMILIES, TOP_K, VOCAB, family_model, tiny_model
+from moe_families import EXPERTS, FAMILIES, TOP_K, family_model, routers, tiny_model, token_ids, watch_experts
 from torch import Tensor, nn
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.routing.tap import RouterTap
-
-
-def token_ids(batch: int = 2, length: int = 5, seed: int = 1) -> Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def watch_experts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """What the experts modules are really given, in layer order: (experts [R, K], weights [R, K])."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    for name, module in model.named_modules():
-        if name.endswith(".experts"):
-            module.register_forward_pre_hook(lambda _, args: seen.append((args[1].clone(), args[2].detach())))
-    return seen
-
-
-def routers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if "Router" in type(module).__name__]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,14 +140,18 @@ def test_layers_of_different_size_are_refused() -> None:
         RouterTap.attach(model)
 
 
+def hooks(model: nn.Module) -> int:
+    return sum(len(router._forward_hooks) + len(router._forward_pre_hooks) for router in routers(model))
+
+
 def test_detach_removes_the_hooks() -> None:
     model = family_model("mixtral")
-    assert sum(len(router._forward_hooks) for router in routers(model)) == 0
+    assert hooks(model) == 0
     tap = RouterTap.attach(model)
-    assert sum(len(router._forward_hooks) for router in routers(model)) == 3
+    assert hooks(model) == 6
     tap.detach()
     tap.detach()
-    assert sum(len(router._forward_hooks) for router in routers(model)) == 0
+    assert hooks(model) == 0
 
 
 def test_nothing_is_recorded_outside_a_recording() -> None:

@@ -17,6 +17,8 @@ from vespo_lightning.objectives.min_variance import MinVariance, min_variance_ad
 from vespo_lightning.objectives.minirl import MiniRl
 from vespo_lightning.objectives.sequence_is import SequenceIs
 from vespo_lightning.objectives.vespo import Vespo
+from vespo_lightning.routing.losses import RouterLosses
+from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.module import PolicyModule
 from vespo_lightning.training.token_batches import MiniBatchTokens
 
@@ -117,6 +119,40 @@ def test_corrections_and_the_pre_pass_act_in_these_tests():
     assert bool(module.last_update.tokens.loss_mask.all())
     module, _ = trained(model, batch, **METHODS["kl"])
     assert module.take_record()["kl/penalty"] > 0
+
+
+@pytest.mark.parametrize("coefficients", [{"load_balance": 0.3}, {"z": 0.2}, {"load_balance": 0.3, "z": 0.2}])
+def test_router_losses_do_not_depend_on_the_split(coefficients):
+    """Plain formulas over all response tokens at once; f of the load-balance loss is a constant."""
+    model = tiny_policy(experts="eager").double()
+    batch = mini_batch(model)
+    _, expected = trained(model, batch, objective=Vespo())
+    tap = RouterTap.attach(model)
+    logits, experts = [], []
+    for sample in batch.samples:
+        with tap.recording(keep_graph=True) as record:
+            model.base_model(torch.tensor([[*sample.prompt_ids, *sample.response_ids]]), use_cache=False)
+        rows = slice(len(sample.prompt_ids) - 1, -1)
+        logits.append(torch.stack([record._logits[layer] for layer in tap.layers], dim=1)[rows])
+        experts.append(record.experts[rows])
+    tap.detach()
+    z, used = torch.cat(logits), torch.cat(experts)  # [T, L, E], [T, L, K]
+    share = torch.nn.functional.one_hot(used, 4).double().sum((0, 2)) / used[:, 0].numel()  # [L, E]
+    balance = 4 * (share * z.softmax(-1).mean(0)).sum(-1).mean()
+    squares = z.logsumexp(-1).square().mean()
+    model.zero_grad()
+    (coefficients.get("load_balance", 0.0) * balance + coefficients.get("z", 0.0) * squares).backward()
+    moved = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected[name] = expected[name] + parameter.grad
+            moved = max(moved, float(parameter.grad.norm() / expected[name].norm()))
+    assert moved > 0.01
+    for budget, layout in SPLITS:
+        _, found = trained(
+            model, batch, objective=Vespo(), budget=budget, layout=layout, router_losses=RouterLosses(**coefficients)
+        )
+        assert_equal(found, expected, 1e-6)  # captured logits are float32
 
 
 def norms_by_autograd(log_probs, weights, parameters) -> torch.Tensor:

@@ -10,10 +10,13 @@ from pieces import fit, make_mini_batch, make_samples, tiny_policy, tokenizer
 from routing.moe_families import family_model
 
 from vespo_lightning.errors import UserError
+from vespo_lightning.models.export import export_hf
+from vespo_lightning.models.loading import load_model
 from vespo_lightning.objectives.vespo import Vespo
 from vespo_lightning.tasks.addition import AdditionTask
 from vespo_lightning.training.module import PolicyModule
 from vespo_lightning.training.optimizers import MasterWeightAdamW
+from vespo_lightning.training.reference import ReferencePolicy
 from vespo_lightning.training.supervised import SolutionLoader, SupervisedModule
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -46,10 +49,10 @@ def test_a_few_updates(precision, layout):
     assert (gain * advantage).mean() > 0.01
 
 
-def test_float64_needs_eager_experts():
+def test_float64_needs_experts_that_compute_in_it():
     model = tiny_policy(experts="grouped_mm")
     batch = make_mini_batch(make_samples(model))
-    with pytest.raises(UserError, match=r"^trainer\.precision=64-true .* use model\.experts=eager"):
+    with pytest.raises(UserError, match=r"^trainer\.precision=64-true .* use model\.experts=loop"):
         fit(PolicyModule(model, Vespo()), [batch], precision="64-true")
 
 
@@ -120,9 +123,8 @@ def test_own_log_probs_of_samples_have_the_precision_of_training(precision):
             return 1
 
         def __iter__(self):
-            for sample, log_probs in zip(samples, module.sample_log_probs(samples), strict=True):
-                assert log_probs.dtype == "float32"
-                sample.recomputed_log_probs = log_probs
+            module.recompute(samples)
+            assert all(sample.recomputed_log_probs.dtype == "float32" for sample in samples)
             yield make_mini_batch(samples)
 
     module.denominator = "recomputed"
@@ -141,3 +143,30 @@ def test_supervised_updates(precision):
         trainer = fit(module, loader, precision=precision)
         losses.append(float(trainer.callback_metrics["train/loss"]))
     assert losses[1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_routers_in_float32(precision, checkpointing, tmp_path):
+    """They are neither rounded nor left out of training, in the policy and in the reference policy."""
+    path = str(export_hf(tiny_policy(), tokenizer(), tmp_path / "model"))
+    dtype = {"bf16-mixed": torch.float32}.get(precision, DTYPES[precision])
+    options = {"dtype": str(dtype).removeprefix("torch."), "experts": "loop", "router_dtype": "float32"}
+    model = load_model(path, **options, gradient_checkpointing=checkpointing)
+    before = model.model.layers[0].mlp.gate.weight.detach().clone()
+    reference = ReferencePolicy(load_model(path, **options), path)
+    samples = make_samples(tiny_policy())
+    module = PolicyModule(model, Vespo(), lr=1e-4, layout="packed", reference=reference)
+    fit(module, [make_mini_batch(samples)], precision=precision)
+    assert module.policy_version == 1
+    router = torch.promote_types(dtype, torch.float32)
+    reference.to(module.device, dtype)
+    for policy in (module.policy.model, reference.policy.model):
+        for name, parameter in policy.named_parameters():
+            assert parameter.dtype == (router if "mlp.gate.weight" in name else dtype), name
+    after = model.model.layers[0].mlp.gate.weight
+    assert torch.equal(reference.policy.model.model.layers[0].mlp.gate.weight, before)
+    # steps that bfloat16 would round away
+    assert 0 < (after - before).abs().max() < 2e-4 and (after != before).float().mean() > 0.9
+    log_probs = reference.log_probs(samples, token_budget=1000, layout="packed", temperature=1.0)
+    assert all(torch.from_numpy(values).isfinite().all() for values in log_probs)

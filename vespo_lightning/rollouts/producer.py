@@ -38,7 +38,9 @@ class WeightSource(Protocol):
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
 
-    def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]: ...
+    def recompute(self, samples: Sequence[Sample]) -> None: ...
+
+    def check_routing(self, samples: Sequence[Sample]) -> None: ...
 
     def reference_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]: ...
 
@@ -61,7 +63,9 @@ class RolloutProducer:
         chunk_groups: groups per call of the engine; what a killed run may have to generate again.
         truncated: ``keep`` the reward of responses cut at ``max_new_tokens``, or ``penalise`` them with
             ``truncated_reward``, or ``mask`` them out of the loss (see the loader).
-        recompute: store the trainer's own log-probs too (``denominator=recomputed``).
+        recompute: store what the trainer says of the samples too: its log-probs (``denominator=recomputed``), and its
+            routing under ``routing=r2``.
+        routing: what updates will replay; under ``r3`` the engine's routing is checked.
         shuffle_rewards: permute rewards among the responses of a chunk: a control that must not learn.
         top_p, top_k: sample from the likeliest tokens only.
         top_log_probs: keep the log-probs of this many likeliest tokens at each position.
@@ -87,6 +91,7 @@ class RolloutProducer:
         truncated: Literal["keep", "mask", "penalise"] = "keep",
         truncated_reward: float = 0.0,
         recompute: bool = False,
+        routing: Literal["native", "r2", "r3"] = "native",
         shuffle_rewards: bool = False,
         top_p: float = 1.0,
         top_k: int | None = None,
@@ -106,6 +111,7 @@ class RolloutProducer:
         self.truncated = truncated
         self.truncated_reward = truncated_reward
         self.recompute = recompute
+        self.routing = routing
         self.shuffle_rewards = shuffle_rewards
         self.reference = reference
         self.dynamic_sampling = dynamic_sampling
@@ -209,6 +215,7 @@ class RolloutProducer:
             "truncated": self.truncated,
             "truncated_reward": self.truncated_reward,
             "recompute": self.recompute,
+            "routing": self.routing,
             "shuffle_rewards": self.shuffle_rewards,
             "top_p": self.sampling.top_p,
             "top_k": self.sampling.top_k,
@@ -297,11 +304,12 @@ class RolloutProducer:
         return samples, seconds
 
     def _add_log_probs(self, samples: list[Sample], seconds: dict[str, float]) -> None:
-        """Log-probs that only the trainer can give."""
+        """What only the trainer can give."""
+        if self.routing == "r3":
+            self.source.check_routing(samples)
         started = time.perf_counter()
         if self.recompute:
-            for sample, log_probs in zip(samples, self.source.sample_log_probs(samples), strict=True):
-                sample.recomputed_log_probs = log_probs
+            self.source.recompute(samples)
             seconds["performance/recompute_seconds"] = time.perf_counter() - started
         started = time.perf_counter()
         if self.reference:

@@ -56,6 +56,8 @@ class Sample:
     """int16 [P+T-1, L, K], experts that the engine used at each input position; -1 where unknown (dense layers)"""
     router_top_probs: np.ndarray | None = None
     """float16 [P+T-1, L, K], router probabilities of those experts, where the engine gives them"""
+    trainer_experts: np.ndarray | None = None
+    """int16 [P+T-1, L, K], experts that the trainer used at generation weights (``routing=r2``)"""
 
     @property
     def truncated(self) -> bool:

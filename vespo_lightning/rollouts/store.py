@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.sample import Sample
+from vespo_lightning.routing.layout import compact_experts, widen_experts
 
 #: Array fields of a sample, and whether they may be absent.
 _ARRAYS = {
@@ -29,7 +30,10 @@ _ARRAYS = {
     "top_log_probs": True,
     "routed_experts": True,
     "router_top_probs": True,
+    "trainer_experts": True,
 }
+#: Expert ids, in one byte each where they fit.
+_EXPERTS = ("routed_experts", "trainer_experts")
 _FACTS = (
     "prompt_id",
     "group_id",
@@ -72,7 +76,8 @@ class RolloutStore:
             values = [getattr(sample, name) for sample in samples]
             if optional and any(value is None for value in values):
                 continue
-            arrays[name] = np.concatenate(values)
+            joined = np.concatenate(values)
+            arrays[name] = compact_experts(joined) if name in _EXPERTS else joined
             arrays[f"{name}.rows"] = np.array([len(value) for value in values], dtype=np.int64)
         facts = [{name: getattr(sample, name) for name in _FACTS} for sample in samples]
         header = {
@@ -112,7 +117,8 @@ class RolloutStore:
         columns: dict[str, list[Any]] = {name: [None] * len(facts) for name in _ARRAYS}
         for name in _ARRAYS:
             if name in arrays:
-                columns[name] = np.split(arrays[name], np.cumsum(arrays[f"{name}.rows"])[:-1])
+                joined = widen_experts(arrays[name]) if name in _EXPERTS else arrays[name]
+                columns[name] = np.split(joined, np.cumsum(arrays[f"{name}.rows"])[:-1])
         samples = [
             Sample(
                 **{**fact, "version_runs": [(v, n) for v, n in fact["version_runs"]]},

@@ -35,3 +35,26 @@ def collapse_layers(values: np.ndarray, layers: Sequence[int]) -> Tensor:
     """[T, num_decoder_layers, K] of a ``Sample`` -> [T, L, K] of the MoE layers, int64 or float32."""
     selected = torch.from_numpy(values[:, list(layers)])
     return selected.float() if selected.is_floating_point() else selected.long()
+
+
+#: Expert that stands for "unknown" in compact form.
+_UNKNOWN = 255
+
+
+def compact_experts(experts: np.ndarray) -> np.ndarray:
+    """int16 experts with -1 for unknown -> uint8 with 255 for unknown, where every id is below 255.
+
+    Half the bytes on disk. Larger ids stay int16, so the dtype tells :func:`widen_experts` which form it is.
+    """
+    if experts.max(initial=-1) >= _UNKNOWN:
+        return experts
+    return np.where(experts < 0, _UNKNOWN, experts).astype(np.uint8)
+
+
+def widen_experts(experts: np.ndarray) -> np.ndarray:
+    """int16 with -1 for unknown, from either form of :func:`compact_experts`."""
+    if experts.dtype != np.uint8:
+        return experts
+    wide = experts.astype(np.int16)
+    wide[experts == _UNKNOWN] = -1
+    return wide

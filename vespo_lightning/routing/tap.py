@@ -1,23 +1,24 @@
-"""Which experts a Mixture-of-Experts model chose, read off its routers while it runs."""
+"""Which experts a Mixture-of-Experts model chooses, read off its routers while it runs, or told them."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vespo_lightning.errors import UserError
+from vespo_lightning.routing.record import RoutingRecord, Scoring
+from vespo_lightning.routing.replay import Replay, ReplayedChoice, refuse_reentrant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Scoring = Literal["softmax", "sigmoid"]
 
 _WAY_OUT = "use a model of another family, such as qwen3_moe, mixtral or olmoe"
 
@@ -39,14 +40,31 @@ class RouterTap:
         scoring: how the family turns router logits into scores.
     """
 
-    def __init__(self, routers: dict[int, nn.Module], num_decoder_layers: int, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        routers: dict[int, nn.Module],
+        num_decoder_layers: int,
+        num_experts: int,
+        top_k: int,
+    ) -> None:
+        self._model: weakref.ref[PreTrainedModel] | None = weakref.ref(model)
         self.layers = sorted(routers)
         self.num_decoder_layers = num_decoder_layers
         self.num_experts = num_experts
         self.top_k = top_k
         self.scoring: Scoring = _scoring(routers[self.layers[0]])
         self._record: RoutingRecord | None = None
-        self._handles = [router.register_forward_hook(_RouterHook(self, layer)) for layer, router in routers.items()]
+        self._replay: Replay | None = None
+        self._handles: list[RemovableHandle] = []
+        for layer, router in routers.items():
+            hook = _RouterHook(self, layer)
+            self._handles.append(router.register_forward_pre_hook(hook.before))
+            self._handles.append(router.register_forward_hook(hook.after, always_call=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copying or pickling a router, whose hooks lead here, must not take the whole model along."""
+        return vars(self) | {"_model": None}
 
     @classmethod
     def attach(cls, model: PreTrainedModel) -> RouterTap | None:
@@ -77,18 +95,55 @@ class RouterTap:
         num_experts, top_k = sizes.pop()
         text_config: Any = model.config.get_text_config()
         num_decoder_layers = text_config.num_hidden_layers
-        return cls(routers, num_decoder_layers, num_experts, top_k)
+        return cls(model, routers, num_decoder_layers, num_experts, top_k)
 
     @contextmanager
-    def recording(self) -> Iterator[RoutingRecord]:
-        """Record the one forward pass made inside the block, without what a backward pass recomputes."""
+    def recording(self, keep_graph: bool = False) -> Iterator[RoutingRecord]:
+        """Record the one forward pass made inside the block, without what a backward pass recomputes.
+
+        Args:
+            keep_graph: keep the gradients of the logits, for losses on them.
+        """
         if self._record is not None:
             raise RuntimeError("this tap is recording already")
-        self._record = record = RoutingRecord(self.layers, self.scoring)
+        self._record = record = RoutingRecord(self.layers, self.scoring, keep_graph=keep_graph)
         try:
             yield record
         finally:
             self._record = None
+
+    @contextmanager
+    def replaying(self, experts: Tensor, gate_probs: Tensor | None = None) -> Iterator[None]:
+        """Make the one forward pass inside the block use given experts, whatever the routers think of them.
+
+        Gate weights follow the live scores of those experts, so gradients reach the router. Under gradient
+        checkpointing the backward pass routes again: do it inside the block too, or it raises. Works around
+        :meth:`recording`, which then shows the experts that were used.
+
+        Args:
+            experts: integer [R, L, K], R rows (batch x sequence, row-major) and L layers in the order of
+                :attr:`layers`; a row with a negative entry routes natively. Ids must be in range.
+            gate_probs: [R, L, K] router probabilities of those experts (:attr:`RoutingRecord.top_probs` of the pass
+                that chose them). They take the place of the live ones in the forward pass, and the router's own code
+                turns them into gate weights; the gradient is that of live scores at these values
+                (straight-through), so the router learns, but updates of it do not show until the next rollout.
+
+        Raises:
+            UserError: reentrant checkpointing; a router whose expert choice cannot be replaced, or
+                with ``gate_probs`` one with sigmoid scores that it does not normalise over the chosen experts.
+            RuntimeError: rows that do not fit the forward pass, a second forward pass, a layer that did not run.
+        """
+        if self._replay is not None:
+            raise RuntimeError("this tap is replaying already")
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            refuse_reentrant(model)
+        self._replay = replay = Replay(self.layers, self.top_k, experts, gate_probs)
+        try:
+            yield
+        finally:
+            self._replay = None
+        replay.check_used()
 
     def detach(self) -> None:
         """Remove the hooks. Safe to call twice."""
@@ -97,101 +152,60 @@ class RouterTap:
         self._handles.clear()
 
 
-class RoutingRecord:
-    """Routing of one forward pass: R rows (batch x sequence, row-major), L MoE layers, E experts, K per row.
-
-    Tensors are put together when they are asked for, so :meth:`select` the rows of interest first.
-    """
-
-    def __init__(self, layers: Sequence[int], scoring: Scoring, rows: Tensor | None = None) -> None:
-        self._layers = layers
-        self._scoring = scoring
-        self._rows = rows
-        self._logits: dict[int, Tensor] = {}
-        self._experts: dict[int, Tensor] = {}
-        self._given_as_probs = False
-
-    def select(self, rows: Tensor) -> RoutingRecord:
-        """The same pass, restricted to some rows.
-
-        Args:
-            rows: int64 [R'] row numbers (of this record, so that selections can be chained), or bool [R].
-        """
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().squeeze(-1)
-        rows = rows if self._rows is None else self._rows[rows]
-        selected = RoutingRecord(self._layers, self._scoring, rows)
-        selected._logits, selected._experts = self._logits, self._experts
-        selected._given_as_probs = self._given_as_probs
-        return selected
-
-    @property
-    def experts(self) -> Tensor:
-        """int64 [R, L, K] experts used, in the order in which the router names them."""
-        return self._stack(self._experts).long()
-
-    @property
-    def logits(self) -> Tensor:
-        """float32 [R, L, E] router logits.
-
-        For routers that hand out probabilities instead (Gemma 4) it is their logarithm, the logits up to a
-        constant per row: the same softmax, but a log-sum-exp of zero.
-        """
-        values = self._stack(self._logits).float()
-        return values.log() if self._given_as_probs else values
-
-    @property
-    def probs(self) -> Tensor:
-        """float32 [R, L, E] router probabilities: the softmax of the logits, or for sigmoid routers
-        ``sigmoid(logit) / sum of sigmoid(logits)``. Biases that only steer the choice are left out."""
-        return torch.softmax(self._log_scores(), dim=-1)
-
-    @property
-    def top_probs(self) -> Tensor:
-        """float32 [R, L, K] router probabilities of :attr:`experts`; they sum to at most 1."""
-        scores = self._log_scores()
-        # Not through `probs`: for few experts a softmax costs several times a log-sum-exp.
-        return (scores.gather(-1, self.experts) - scores.logsumexp(-1, keepdim=True)).exp()
-
-    def _log_scores(self) -> Tensor:
-        """float32 [R, L, E]: router probabilities are the softmax of these."""
-        return F.logsigmoid(self.logits) if self._scoring == "sigmoid" else self.logits
-
-    def _add(self, layer: int, logits: Tensor, experts: Tensor) -> None:
-        if layer in self._logits:
-            raise RuntimeError(f"decoder layer {layer} ran twice in one recording; make one per forward pass")
-        self._logits[layer] = logits.detach()
-        self._experts[layer] = experts
-
-    def _stack(self, per_layer: dict[int, Tensor]) -> Tensor:
-        missing = [layer for layer in self._layers if layer not in per_layer]
-        if missing:
-            raise RuntimeError(f"decoder layers {missing} did not run in this recording")
-        pieces = [per_layer[layer] for layer in self._layers]
-        if self._rows is not None:
-            pieces = [piece.index_select(0, self._rows) for piece in pieces]
-        return torch.stack(pieces, dim=1)
-
-
 class _RouterHook:
-    """Forward hook of one router. An object, not a closure: a deep copy of the model must not report here."""
+    """Hooks of one router. An object, not a closure: a deep copy of the model must not report here.
+
+    They stay out of compiled graphs, which break around the router.
+    """
 
     def __init__(self, tap: RouterTap, layer: int) -> None:
         self.tap = tap
         self.layer = layer
         self.slots: tuple[int, int] | None = None
         self.gives_probs = False
+        self._choice: ReplayedChoice | None = None
+        self._forward_replay = 0
+        self._gates_checked = False
 
-    def __call__(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    @torch.compiler.disable
+    def before(self, router: nn.Module, args: tuple[Any, ...]) -> None:
+        replay = self.tap._replay
+        number = 0 if replay is None else replay.number
+        if _recomputing() and number != self._forward_replay:
+            raise RuntimeError(
+                f"decoder layer {self.layer} is recomputed for a backward pass with other routing than its forward "
+                "pass had; run backward inside the same replaying() block"
+            )
+        if not _recomputing() and torch.is_grad_enabled():
+            self._forward_replay = number
+        if replay is None:
+            return
+        tap = self.tap
+        self._choice = replay.choice(self.layer, tap.num_experts, tap.scoring, recomputing=_recomputing())
+        self._choice.__enter__()
+
+    @torch.compiler.disable
+    def after(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        choice, self._choice = self._choice, None
+        if choice is not None:
+            choice.__exit__(None, None, None)
+        if output is None:  # the router raised: another error, or the end of a recomputation
+            return
+        if choice is not None:
+            choice.check(router, self.layer)
+            if not self._gates_checked:
+                choice.check_gates(router, self.layer, output[1])
+                self._gates_checked = choice.has_gate_probs
         record = self.tap._record
-        # Inside a backward pass this can only be gradient checkpointing, which has been here before.
-        if record is None or torch._C._current_graph_task_id() != -1:
+        # What is recomputed has been here before.
+        if record is None or _recomputing():
             return
         if self.slots is None:
             self.slots = self._find_slots(router, output)
             self.gives_probs = _are_probabilities(output[self.slots[0]])
         logits_slot, experts_slot = self.slots
-        record._add(self.layer, output[logits_slot], output[experts_slot])
+        experts = output[experts_slot]
+        record._add(self.layer, output[logits_slot], experts, experts if choice is None else choice.native)
         record._given_as_probs = self.gives_probs
 
     def _find_slots(self, router: nn.Module, output: Any) -> tuple[int, int]:
@@ -211,6 +225,11 @@ class _RouterHook:
                 f"return its logits and chosen experts, so its routing cannot be recorded; {_WAY_OUT}."
             )
         return logits_slot, experts_slot
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass, which can only be gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _moe_blocks(model: PreTrainedModel) -> dict[int, tuple[nn.Module, int]]:

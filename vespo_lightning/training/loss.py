@@ -10,6 +10,7 @@ from torch import Tensor
 from vespo_lightning.corrections.base import Correction, corrected, correction_statistics
 from vespo_lightning.objectives.base import Need, Objective, TokenBatch, policy_loss
 from vespo_lightning.objectives.kl import KlPenalty
+from vespo_lightning.routing.losses import RouterLosses, RouterTotals
 from vespo_lightning.training.aggregation import Aggregation, Totals, token_weights
 from vespo_lightning.training.passes import ForwardPass
 from vespo_lightning.training.token_batches import MiniBatchTokens
@@ -31,6 +32,7 @@ class MiniBatchLoss:
         aggregation: Aggregation,
         max_response_tokens: int | None,
         entropy_coefficient: float,
+        router_losses: RouterLosses,
     ) -> None:
         self.objective = objective
         self.corrections = list(corrections)
@@ -38,6 +40,7 @@ class MiniBatchLoss:
         self.aggregation: Aggregation = aggregation
         self.max_response_tokens = max_response_tokens
         self.entropy_coefficient = entropy_coefficient
+        self.router_losses = router_losses
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -58,13 +61,22 @@ class MiniBatchLoss:
         # A token that a correction takes out of the objective is still held by the reference.
         return multiplier if self.kl is None else multiplier + self.kl.multiplier(tokens)
 
-    def __call__(self, tokens: MiniBatchTokens, done: ForwardPass, multiplier: Tensor) -> Tensor:
+    def router_totals(self, tokens: MiniBatchTokens, load: Tensor | None) -> RouterTotals:
+        """What router losses are normalised by; ``load`` int64 [L, E] is that of the mini-batch, where it is known."""
+        return RouterTotals(int(tokens.loss_mask.sum()), load)
+
+    def __call__(
+        self, tokens: MiniBatchTokens, done: ForwardPass, multiplier: Tensor, router_totals: RouterTotals
+    ) -> Tensor:
         """Scalar, with the gradient of the micro-batch ``done``; ``multiplier`` [t] is that of its tokens."""
         weight = self.weights(tokens, done.sequences, done.tokens.sequence_index)
         loss = policy_loss(weight, multiplier, done.out.log_prob)
         if self.entropy_coefficient:
             bonus = torch.where(done.tokens.loss_mask, weight * done.out.entropy, 0.0).sum()
             loss = loss - self.entropy_coefficient * bonus
+        if done.router_logits is not None and done.router_probs is not None:
+            mask = done.tokens.loss_mask
+            loss = loss + self.router_losses(done.router_logits, done.router_probs, mask, router_totals)
         return loss
 
     def statistics(self, tokens: TokenBatch, seen: TokenBatch) -> dict[str, float]:

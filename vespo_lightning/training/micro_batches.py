@@ -72,4 +72,5 @@ def collate(samples: Sequence[Sample], layout: Layout = "padded", pad_id: int = 
         attention_mask=None if layout == "packed" else torch.from_numpy(mask.reshape(rows, columns)),
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(np.concatenate([s.response_ids for s in samples]).astype(np.int64)),
+        starts=tuple(starts.tolist()),
     )

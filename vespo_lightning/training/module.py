@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from vespo_lightning.objectives.base import Objective
 from vespo_lightning.objectives.kl import KlPenalty
 from vespo_lightning.objectives.min_variance import MinVariance
 from vespo_lightning.rollouts.sample import MiniBatch
+from vespo_lightning.routing.losses import RouterLosses, expert_load
 from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.aggregation import Aggregation
 from vespo_lightning.training.loss import MiniBatchLoss
@@ -30,12 +31,17 @@ from vespo_lightning.training.packing import packed_rows_are_separate
 from vespo_lightning.training.passes import ForwardPass, MiniBatchPasses
 from vespo_lightning.training.policy import Policy
 from vespo_lightning.training.reference import ReferencePolicy
+from vespo_lightning.training.routing_batches import Replayed
 from vespo_lightning.training.token_batches import MiniBatchTokens
 from vespo_lightning.training.weight_source import WeightSourceModule
 
 
 class NonFiniteStreak(UserError):
     """Too many updates in a row had a non-finite loss or gradient."""
+
+
+#: Whose routing is replayed in updates.
+REPLAYED: dict[str, Replayed] = {"native": "none", "r2": "trainer", "r3": "engine"}
 
 
 class PolicyModule(WeightSourceModule):
@@ -61,7 +67,11 @@ class PolicyModule(WeightSourceModule):
         kl: penalty for leaving a reference policy; here its term of the loss, if it has one.
         reference: that policy, for the log-probs of samples that are made.
         baseline: replaces the advantages of mini-batches by those of the minimum-variance baseline.
+        routing: of MoE policies. ``native``: as the routers choose; ``r2``: replay the trainer's own choice at
+            generation weights; ``r3``: replay the engine's.
+        gate_weights: under ``r3``, weights of the replayed experts from ``live`` scores or as the engine ``recorded``.
         entropy_coefficient: weight of an entropy bonus.
+        router_losses: on the router logits of MoE policies; None for none.
         max_skipped_streak: this many non-finite updates in a row stop the run.
         head_chunk: tokens per chunk of the log-prob head.
     """
@@ -89,14 +99,25 @@ class PolicyModule(WeightSourceModule):
         kl: KlPenalty | None = None,
         reference: ReferencePolicy | None = None,
         baseline: MinVariance | None = None,
+        routing: Literal["native", "r2", "r3"] = "native",
+        gate_weights: Literal["live", "recorded"] = "live",
         entropy_coefficient: float = 0.0,
+        router_losses: RouterLosses | None = None,
         max_skipped_streak: int = 8,
         head_chunk: int = 1024,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.policy = Policy(model, chunk=head_chunk)
-        self.loss = MiniBatchLoss(objective, corrections, kl, aggregation, max_response_tokens, entropy_coefficient)
+        self.loss = MiniBatchLoss(
+            objective,
+            corrections,
+            kl,
+            aggregation,
+            max_response_tokens,
+            entropy_coefficient,
+            router_losses or RouterLosses(),
+        )
         self.baseline = baseline
         self.reference = reference
         self.optimizer_options: dict[str, Any] = {
@@ -113,6 +134,9 @@ class PolicyModule(WeightSourceModule):
         self.denominator: Literal["behaviour", "recomputed"] = denominator
         self.max_skipped_streak = max_skipped_streak
         self.tap = RouterTap.attach(model)
+        self.routing = routing
+        self.replayed: Replayed = REPLAYED[routing]
+        self.gate_weights = gate_weights == "recorded"
         self.update = 0
         """Mini-batches consumed, skipped ones included: the x-axis of every metric."""
         self.policy_version = 0
@@ -146,14 +170,24 @@ class PolicyModule(WeightSourceModule):
     def on_fit_start(self) -> None:
         """Packed rows only where the model keeps their sequences apart."""
         experts = getattr(self.model.config, "_experts_implementation", None)
-        if self.is_moe and self.dtype == torch.float64 and experts != "eager":
+        if self.is_moe and self.dtype == torch.float64 and experts not in ("eager", "loop"):
             raise UserError(
-                f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=eager"
+                f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=loop"
             )
         if "router_shift" in self.loss.needs and not self.is_moe:
             raise UserError(
                 f"correction=router_shift needs a Mixture-of-Experts policy, and {type(self.model).__name__} has no "
                 "routers; take router_shift out of correction"
+            )
+        if self.loss.router_losses.needs_graph and not self.is_moe:
+            raise UserError(
+                f"router_loss.load_balance={self.loss.router_losses.load_balance:g} and router_loss.z="
+                f"{self.loss.router_losses.z:g} act on routers, and {type(self.model).__name__} has none; set both to 0"
+            )
+        if self.replayed != "none" and not self.is_moe:
+            raise UserError(
+                f"routing={self.routing} replays the choice of routers, and {type(self.model).__name__} has none; set "
+                "routing=native"
             )
         if self.layout != "packed":
             return
@@ -181,7 +215,7 @@ class PolicyModule(WeightSourceModule):
         start = time.perf_counter()
         optimizer = self.optimizers()
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        passes = self._passes(batch)
+        passes = self._passes(batch, self.replayed, routing=bool(self._observers()))
         loss = self._backward(passes)
         grad_norm = self._clip()
         whole = passes.whole()
@@ -203,7 +237,18 @@ class PolicyModule(WeightSourceModule):
         self.last_update = replace(self.last_update, learning_rate=learning_rate, seconds=time.perf_counter() - start)
         self._record_update(self.last_update)
 
-    def _passes(self, batch: MiniBatch) -> MiniBatchPasses:
+    def look(self, batch: MiniBatch, replayed: Replayed) -> Iterator[ForwardPass]:
+        """Forward passes without gradients over a mini-batch, at the weights of the moment and with their routing."""
+        passes = self._passes(batch, replayed, routing=True).run()
+        while True:
+            # not around the yield: what the caller does between passes is not to run in this context
+            with torch.no_grad(), self._precision():
+                done = next(passes, None)
+            if done is None:
+                return
+            yield done
+
+    def _passes(self, batch: MiniBatch, replayed: Replayed, routing: bool) -> MiniBatchPasses:
         return MiniBatchPasses(
             self.policy,
             self.tap,
@@ -213,8 +258,11 @@ class PolicyModule(WeightSourceModule):
             layout=self.layout,
             temperature=self.temperature,
             policy_version=self.policy_version,
-            routing=bool(self._observers()),
+            routing=routing,
             needs=self.loss.needs,
+            replayed=replayed,
+            gate_weights=self.gate_weights,
+            router_graph=self.loss.router_losses.needs_graph,
         )
 
     def _observers(self) -> list[MicroBatchObserver]:
@@ -228,31 +276,40 @@ class PolicyModule(WeightSourceModule):
         """Gradients and loss of the mini-batch."""
         if self.baseline is not None and self.baseline.estimator == "exact":
             return backward_per_sequence(self.loss, passes, self.manual_backward, self._observe)
-        multiplier = self._pre_pass(passes)
+        multiplier, load = self._pre_pass(passes)
+        router_totals = self.loss.router_totals(passes.tokens, load)
         loss = 0.0
         for done in passes.run():
             factor = self.loss.multiplier(done.tokens) if multiplier is None else multiplier[done.index]
-            micro_loss = self.loss(passes.tokens, done, factor)
+            micro_loss = self.loss(passes.tokens, done, factor, router_totals)
             self.manual_backward(micro_loss)
             loss += float(micro_loss.detach())
             self._observe(done)
         return loss
 
     @torch.no_grad()
-    def _pre_pass(self, passes: MiniBatchPasses) -> Tensor | None:
-        """What needs a look at the whole mini-batch before the first backward: advantages, or multipliers [T]."""
-        multiplier = None
+    def _pre_pass(self, passes: MiniBatchPasses) -> tuple[Tensor | None, Tensor | None]:
+        """What needs a look at the whole mini-batch before the first backward.
+
+        Returns:
+            Multipliers [T] of an objective that depends on the whole mini-batch; load [L, E] of the experts for the
+            load-balance loss. A baseline sets the advantages.
+        """
+        whole, balanced = self.objective.scope == "mini-batch", self.loss.router_losses.needs_load
         started = time.perf_counter()
         if self.baseline is not None:
             set_advantage_from_head(self.baseline, self.loss, passes)
-        elif self.objective.scope == "mini-batch":
-            for _ in passes.run():
-                pass
-            multiplier = self.loss.multiplier(passes.whole())
-        else:
-            return None
-        self.record({"performance/pre_pass_seconds": time.perf_counter() - started})
-        return multiplier
+        load = None
+        if whole or balanced:
+            for done in passes.run():
+                routing = done.observed.routing
+                if balanced and routing is not None:
+                    found = expert_load(routing.experts, routing.mask, routing.logits.shape[-1])
+                    load = found if load is None else load + found
+        multiplier = self.loss.multiplier(passes.whole()) if whole else None
+        if whole or balanced or self.baseline is not None:
+            self.record({"performance/pre_pass_seconds": time.perf_counter() - started})
+        return multiplier, load
 
     def _clip(self) -> float:
         bound = float("inf") if self.max_grad_norm is None else self.max_grad_norm

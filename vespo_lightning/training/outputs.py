@@ -32,6 +32,8 @@ class RoutingBatch:
     """int64 [T, L, K] experts at generation time, -1 where unknown; None where the engine returned none"""
     recorded_top_probs: Tensor | None
     """float32 [T, L, K] router probabilities of those experts at generation time"""
+    native_experts: Tensor
+    """int64 [T, L, K] experts that the routers would have used by themselves; ``experts`` but for routing replay"""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.log_probs import LogProbs
 from vespo_lightning.training.micro_batches import Layout, collate, plan_micro_batches
 from vespo_lightning.training.outputs import MicroBatchOutput, RoutingBatch
-from vespo_lightning.training.policy import NormRequest, Policy
-from vespo_lightning.training.routing_batches import routing_batch
+from vespo_lightning.training.policy import ModelInputs, NormRequest, Policy
+from vespo_lightning.training.routing_batches import Replayed, replaying, routing_batch
 from vespo_lightning.training.token_batches import MiniBatchTokens
 
 #: [t] weights of the tokens of some sequences of the mini-batch.
@@ -37,6 +37,10 @@ class ForwardPass:
     """with gradients"""
     observed: MicroBatchOutput
     """detached"""
+    router_logits: Tensor | None
+    """[t, L, E] with gradients, where losses on them are asked for"""
+    router_probs: Tensor | None
+    """[t, L, E] of these logits"""
 
     @property
     def tokens(self) -> TokenBatch:
@@ -51,6 +55,8 @@ class MiniBatchPasses:
         policy_version: of the weights that the passes are done with.
         routing: record the routing of the pass, for observers.
         needs: optional parts of token batches that somebody asks for.
+        router_graph: keep router logits with their gradients.
+        replayed, gate_weights: routing replay, see :func:`~.routing_batches.replaying`.
     """
 
     def __init__(
@@ -66,6 +72,9 @@ class MiniBatchPasses:
         policy_version: int,
         routing: bool,
         needs: frozenset[Need],
+        replayed: Replayed = "none",
+        gate_weights: bool = False,
+        router_graph: bool = False,
     ) -> None:
         self.policy, self.tap = policy, tap
         self.samples, self.tokens = samples, tokens
@@ -74,7 +83,10 @@ class MiniBatchPasses:
         self.temperature = temperature
         self.policy_version = policy_version
         self.needs = needs
-        self.records_routing = tap is not None and (routing or "router_shift" in needs)
+        self.replayed: Replayed = replayed
+        self.gate_weights = gate_weights
+        self.router_graph = router_graph
+        self.records_routing = tap is not None and (routing or router_graph or "router_shift" in needs)
         # that of the head's results: what a pre-pass says must be what the pass with gradients sees
         dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
         self.log_prob = torch.empty_like(tokens.behaviour_log_prob, dtype=dtype)
@@ -89,11 +101,16 @@ class MiniBatchPasses:
     ) -> Iterator[ForwardPass]:
         """One forward pass for each micro-batch of ``plan``, the memory-bounded one if None.
 
+        Do its backward pass before asking for the next one: what is recomputed must be routed alike.
+
         Args:
             token_weights: asks for the squared norms of head gradients under these weights of tokens.
         """
         for sequences in self.plan if plan is None else plan:
-            yield self._forward(sequences, token_weights)
+            chosen = [self.samples[i] for i in sequences]
+            inputs = collate(chosen, self.layout).to(self.log_prob.device)
+            with replaying(self.tap, self.replayed, self.gate_weights, inputs, chosen):
+                yield self._forward(sequences, chosen, inputs, token_weights)
 
     def set_advantage(self, advantage: Tensor) -> None:
         """Replace the advantages [S] of the mini-batch."""
@@ -104,10 +121,14 @@ class MiniBatchPasses:
         everything = range(len(self.samples))
         return self.tokens.select(everything, self.log_prob, self.policy_version, self._top, self._router_shift)
 
-    def _forward(self, sequences: Sequence[int], token_weights: TokenWeights | None) -> ForwardPass:
-        chosen = [self.samples[i] for i in sequences]
+    def _forward(
+        self,
+        sequences: Sequence[int],
+        chosen: Sequence[Sample],
+        inputs: ModelInputs,
+        token_weights: TokenWeights | None,
+    ) -> ForwardPass:
         index = self.tokens.token_index(sequences)
-        inputs = collate(chosen, self.layout).to(index.device)
         routing: RoutingBatch | None = None
         shift: Tensor | None = None
 
@@ -137,7 +158,15 @@ class MiniBatchPasses:
         top = None if out.extra is None else out.extra.detach()
         self._keep(index, log_prob, out.entropy.detach(), top, shift)
         piece = self.tokens.select(sequences, log_prob, self.policy_version, top, shift)
-        return ForwardPass(sequences, index, out, MicroBatchOutput(chosen, piece, routing))
+        router = record.select(inputs.positions) if record is not None and self.router_graph else None
+        return ForwardPass(
+            sequences,
+            index,
+            out,
+            MicroBatchOutput(list(chosen), piece, routing),
+            None if router is None else router.logits,
+            None if router is None else router.probs,
+        )
 
     def _keep(self, index: Tensor, log_prob: Tensor, entropy: Tensor, top: Tensor | None, shift: Tensor | None) -> None:
         """Put the numbers of some tokens in their places in the mini-batch."""
@@ -151,4 +180,6 @@ class MiniBatchPasses:
                 kept[index] = found.to(kept.dtype)
 
     def _recording(self) -> contextlib.AbstractContextManager[Any]:
-        return self.tap.recording() if self.records_routing and self.tap is not None else contextlib.nullcontext()
+        if self.tap is None or not self.records_routing:
+            return contextlib.nullcontext()
+        return self.tap.recording(keep_graph=self.router_graph)

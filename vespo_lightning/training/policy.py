@@ -29,6 +29,8 @@ class ModelInputs:
     """int64 [T] into the flattened [B * S] hidden states: the position before each response token"""
     targets: Tensor
     """int64 [T] the response tokens"""
+    starts: tuple[int, ...]
+    """place of each sequence's first token among the [B * S] flattened positions"""
 
     def to(self, device: torch.device) -> ModelInputs:
         return ModelInputs(
@@ -37,6 +39,7 @@ class ModelInputs:
             None if self.attention_mask is None else self.attention_mask.to(device),
             self.positions.to(device),
             self.targets.to(device),
+            self.starts,
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -12,17 +13,27 @@ from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.weight_check import fingerprint
 from vespo_lightning.training.micro_batches import Layout, collate, plan_micro_batches
-from vespo_lightning.training.policy import Policy
+from vespo_lightning.training.policy import ModelInputs, Policy
+from vespo_lightning.training.precision import precise_parameters
 from vespo_lightning.weights import checkpoint_tensors
 
 
 @torch.no_grad()
 def sample_log_probs(
-    policy: Policy, samples: Sequence[Sample], *, token_budget: int, layout: Layout, temperature: float
+    policy: Policy,
+    samples: Sequence[Sample],
+    *,
+    token_budget: int,
+    layout: Layout,
+    temperature: float,
+    around: Callable[[ModelInputs, Sequence[Sample]], AbstractContextManager[None]] | None = None,
 ) -> list[np.ndarray]:
     """float32 [T] per sample: log-probs of its response under ``policy`` at the sampling temperature.
 
     The caller enters the trainer's precision around it.
+
+    Args:
+        around: a context for each forward pass (routing that is replayed or recorded).
     """
     results: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(samples)
     device = next(policy.parameters()).device
@@ -30,7 +41,9 @@ def sample_log_probs(
         [len(s.prompt_ids) + len(s.response_ids) for s in samples], token_budget, layout
     ):
         chosen = [samples[i] for i in sequences]
-        out = policy(collate(chosen, layout).to(device), temperature=temperature)
+        inputs = collate(chosen, layout).to(device)
+        with nullcontext() if around is None else around(inputs, chosen):
+            out = policy(inputs, temperature=temperature)
         pieces = out.log_prob.float().cpu().split([len(s.response_ids) for s in chosen])
         for i, piece in zip(sequences, pieces, strict=True):
             results[i] = piece.numpy()
@@ -66,10 +79,11 @@ class ReferencePolicy:
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move the weights, and give parameters the precision of the policy in training.
 
-        Buffers keep theirs, as those of the policy do (see :class:`PreciseModule`).
+        Buffers and routers in float32 keep theirs, as those of the policy do (see :class:`PreciseModule`).
         """
+        precise = {id(parameter) for parameter in precise_parameters(self.policy, dtype)}
         for parameter in self.policy.parameters():
-            parameter.data = parameter.data.to(device, dtype)
+            parameter.data = parameter.data.to(device, None if id(parameter) in precise else dtype)
         self.policy.to(device)
 
     def log_probs(

@@ -60,6 +60,7 @@ class SolutionLoader:
             attention_mask=torch.from_numpy(mask),
             positions=torch.from_numpy(np.concatenate(positions)),
             targets=torch.tensor(targets),
+            starts=tuple(range(0, len(examples) * width, width)),
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,11 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vespo_lightning.rollouts.sample import Sample
+from vespo_lightning.routing.tap import RouterTap
+from vespo_lightning.routing.validation import check_recorded_experts, check_recorded_probs
 from vespo_lightning.scoring import score_sequences
 from vespo_lightning.training.micro_batches import Layout
-from vespo_lightning.training.policy import Policy
+from vespo_lightning.training.policy import ModelInputs, Policy
 from vespo_lightning.training.precision import PreciseModule
 from vespo_lightning.training.reference import ReferencePolicy, sample_log_probs
+from vespo_lightning.training.routing_batches import Replayed, recording_trainer_experts, replaying
 from vespo_lightning.weights import checkpoint_tensors
 
 
@@ -28,6 +32,9 @@ class WeightSourceModule(PreciseModule):
     token_budget: int
     layout: Layout
     temperature: float
+    tap: RouterTap | None
+    replayed: Replayed
+    gate_weights: bool
 
     @property
     def model(self) -> PreTrainedModel:
@@ -37,10 +44,31 @@ class WeightSourceModule(PreciseModule):
         """Current weights under checkpoint names."""
         return checkpoint_tensors(self.model)
 
-    def sample_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        """float32 [T] per sample: this trainer's log-probs at the current weights and the sampling temperature."""
+    def recompute(self, samples: Sequence[Sample]) -> None:
+        """Give samples that were just made this trainer's log-probs, and under R2 its routing, at the same weights."""
+        around: Callable[[ModelInputs, Sequence[Sample]], AbstractContextManager[None]]
+        if self.replayed == "trainer" and self.tap is not None:
+            around = partial(recording_trainer_experts, self.tap)
+        else:
+            around = partial(replaying, self.tap, self.replayed, self.gate_weights)
         with self._precision():
-            return sample_log_probs(self.policy, samples, **self._scoring)
+            found = sample_log_probs(self.policy, samples, around=around, **self._scoring)
+        for sample, log_probs in zip(samples, found, strict=True):
+            sample.recomputed_log_probs = log_probs
+
+    def check_routing(self, samples: Sequence[Sample]) -> None:
+        """Refuse recorded routing that would be replayed wrongly.
+
+        Raises:
+            UserError: names the sample.
+        """
+        assert self.tap is not None
+        for sample in samples:
+            check_recorded_experts(
+                sample, self.tap.num_decoder_layers, self.tap.layers, self.tap.num_experts, self.tap.top_k
+            )
+            if self.gate_weights:
+                check_recorded_probs(sample)
 
     def reference_log_probs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """float32 [T] per sample: log-probs of the reference policy, in this trainer's precision."""
@@ -63,6 +91,6 @@ class WeightSourceModule(PreciseModule):
         with self._precision():
             return score_sequences(self.model, sequences)
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
         """The trainer's own precision, for forward passes outside of training_step."""
         return self.trainer.precision_plugin.forward_context()
