@@ -4,6 +4,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -551,6 +553,23 @@ def test_dense_models_in_bfloat16_return_no_routing(engine, model_path, tmp_path
     finally:
         dense.close()
         engine.start(model_path)
+
+
+FRESH = """
+import sys
+from vespo_lightning.rollouts.engine import GenerationRequest, SamplingParams
+from vespo_lightning.rollouts.vllm_engine import VllmEngine
+engine = VllmEngine(dtype="bfloat16", kv_cache_gib=0.0625)
+engine.start(sys.argv[1])
+print(len(engine.generate([GenerationRequest([3] * 40, 0)], SamplingParams(0.0, 4))[0].routed_experts))
+"""
+
+
+def test_bfloat16_works_before_torch_has_used_it(model_path):
+    """Kernels for AMX kill the process unless somebody asked Linux for the permission."""
+    ended = subprocess.run([sys.executable, "-c", FRESH, model_path], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert 40 <= int(ended.stdout.split()[-1]) <= 43
 
 
 class LightningLine(lightning.LightningModule):

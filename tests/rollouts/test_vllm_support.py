@@ -7,10 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import GptOssConfig, Qwen3Config, Qwen3MoeConfig, Qwen3NextConfig
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.vllm_support import (
+    check_cpu_model,
     check_installation,
     is_moe,
     prepare_environment,
@@ -79,6 +80,26 @@ def test_a_model_without_an_end_token_is_refused(tmp_path):
 def test_is_moe():
     assert is_moe(Qwen3MoeConfig(num_experts=8))
     assert not is_moe(Qwen3Config())
+
+
+def test_models_that_a_cpu_can_serve():
+    check_cpu_model(Qwen3MoeConfig(num_experts=8, moe_intermediate_size=96, head_dim=32))
+    check_cpu_model(Qwen3Config(head_dim=64, intermediate_size=50))
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (GptOssConfig(), "model_type=gpt_oss, because its experts are wrong after the first weight update"),
+        (Qwen3NextConfig(), "model_type=qwen3_next, because its layers of linear_attention rule out seeded sampling"),
+        (Qwen3Config(head_dim=48), "head_dim 32, .* the model's head_dim is 48"),
+        (Qwen3MoeConfig(head_dim=32, moe_intermediate_size=48), "the model's expert intermediate size is 48"),
+        (Qwen3MoeConfig(head_dim=32, hidden_size=72), "the model's hidden_size is 72"),
+    ],
+)
+def test_models_that_a_cpu_cannot_serve_say_why(config, problem):
+    with pytest.raises(UserError, match=f"^engine=vllm on a CPU .*{problem}.*use engine=transformers"):
+        check_cpu_model(config)
 
 
 def test_undisturbed_puts_everything_back(monkeypatch):

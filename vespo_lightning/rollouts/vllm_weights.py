@@ -37,14 +37,15 @@ def reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     model.load_weights = recorded
     try:
         worker.reload_weights(weights_iterator=named(tensors))
-    except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+    except (KeyError, ValueError, AssertionError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
             f"engine=vllm refused the weight {current} ({type(error).__name__}: {error}): its loader does "
             "not know this model's checkpoint names or shapes, use engine=transformers"
         ) from error
     finally:
         del model.load_weights
-    missing = sorted({_plain(name) for name, _ in model.named_parameters()} - {_plain(name) for name in loaded})
+    held = [name for name, _ in (*model.named_parameters(), *_checkpoint_buffers(model))]
+    missing = sorted({_plain(name) for name in held} - {_plain(name) for name in loaded})
     if missing:
         raise UserError(
             f"engine=vllm was not given {len(missing)} of its weights, among them {missing[0]}: the "
@@ -56,6 +57,20 @@ def reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def _plain(name: str) -> str:
     """vLLM's loaders report experts without the wrapper module that holds them."""
     return name.replace(".routed_experts.", ".")
+
+
+def _checkpoint_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that checkpoints hold, such as the layer scale of Gemma 4.
+
+    vLLM's own (``_k_scale`` and its like, which a plain checkpoint does not have) begin with an underscore.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            own = name.startswith("_") or name in module._non_persistent_buffers_set
+            if not own and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{name}", buffer
 
 
 def repair(model: nn.Module) -> None:
@@ -96,6 +111,7 @@ def checksum(worker: Any, dtype: torch.dtype) -> int:
 
 @torch.inference_mode()
 def _weights_in_use(model: nn.Module, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield from (buffer for _, buffer in _checkpoint_buffers(model))
     seen: set[int] = set()
     module: Any
     for module in model.modules():
