@@ -100,9 +100,7 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
         str(folder / "rollouts"),
         context=context,
         seed=cfg.seed,
-        recompute="recomputed_log_prob" in loss_needs(objective, corrections)
-        or cfg.denominator == "recomputed"
-        or cfg.routing.mode == "r2",
+        recompute=cfg.denominator == "recomputed" or "recomputed_log_prob" in loss_needs(objective, corrections),
         routing=cfg.routing.mode,
         reference=kl is not None,
         **rollout,
@@ -170,13 +168,14 @@ def reinforce(cfg: DictConfig, folder: Path) -> None:
 
 def reference_policy(cfg: DictConfig, path: str, dtype: str, tokenizer: Any) -> Any:
     """The frozen policy that the KL penalty refers to."""
-    from vespo_lightning.models.loading import load_model, load_tokenizer, resolve_model_path
+    from vespo_lightning.models.loading import is_moe_config, load_model, load_tokenizer, resolve_model_path
     from vespo_lightning.training.reference import ReferencePolicy, check_same_tokenizer
 
     try:
         path = resolve_model_path(path)
         check_same_tokenizer(load_tokenizer(path), tokenizer, path)
-        model = load_model(path, dtype, cfg.model.experts, router_dtype=cfg.model.router_dtype)
+        router_dtype = cfg.model.router_dtype if is_moe_config(path) else None
+        model = load_model(path, dtype, cfg.model.experts, router_dtype=router_dtype)
         return ReferencePolicy(model, path, cfg.batching.head_chunk)
     except UserError as error:  # loading knows one path only
         raise UserError(str(error).replace("model.path=", "kl.reference=", 1)) from error
@@ -248,7 +247,14 @@ def supervised(cfg: DictConfig, folder: Path) -> None:
         tokenizer = byte_tokenizer()
         model = tiny_qwen3_moe(tokenizer, seed=cfg.seed)
     else:
-        tokenizer, model = load_tokenizer(cfg.model.path), load_model(cfg.model.path)
+        tokenizer = load_tokenizer(cfg.model.path)
+        model = load_model(
+            cfg.model.path,
+            experts=cfg.model.experts,
+            gradient_checkpointing=cfg.model.gradient_checkpointing,
+            freeze_router=cfg.model.freeze_router,
+            router_dtype=cfg.model.router_dtype,
+        )
     module = SupervisedModule(
         model,
         lr=cfg.sft.lr,

@@ -58,7 +58,7 @@ class Clock(L.Callback):
     @staticmethod
     def _gradient(trainer: L.Trainer, module: Any, batch: Any, replayed: Replayed, capture: bool) -> None:
         monitor = RouterMonitor()
-        passes = module._passes(batch, replayed, routing=capture)
+        passes = module._passes(batch, replayed, routing=capture, gate_weights=False)
         for done in passes.run():
             module.loss(passes.tokens, done, module.loss.multiplier(done.tokens)).backward()
             if capture:

@@ -32,12 +32,18 @@ class RolloutGeneration(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         self._check_agreement(module)
         self.producer.start(self.model_path, module, self._calibration)
+        if module.routing == "r3" and not self.producer.engine.returns_routing:
+            raise UserError(
+                f"routing=r3 replays the engine's routing, and {type(self.producer.engine).__name__} returns none; use "
+                "another engine or routing=native"
+            )
         module.evaluator = self.producer.evaluate
         module.held_out_problems = self.producer.task.held_out()
         module.tokenizer = self.producer.tokenizer
 
     def _check_agreement(self, module: Any) -> None:
-        """Raises UserError where producer and module were built for different importance ratios."""
+        """Raises UserError where producer and module were built for different runs."""
+        producer = self.producer
         sampled = self.producer.sampling.temperature
         if module.temperature != sampled:
             raise UserError(
@@ -46,6 +52,17 @@ class RolloutGeneration(L.Callback):
             )
         if module.denominator == "recomputed" and not self.producer.recompute:
             raise UserError("denominator=recomputed needs a producer with recompute=True, which stores those log-probs")
+        if "recomputed_log_prob" in module.loss.needs and not producer.recompute:
+            raise UserError(
+                "the objective or a correction needs a producer with recompute=True, which stores log-probs"
+            )
+        if module.loss.kl is not None and not producer.reference:
+            raise UserError("a KL penalty needs a producer with reference=True, which stores the reference's log-probs")
+        if module.routing != producer.routing:
+            raise UserError(
+                f"the producer was made for routing={producer.routing}, the module for routing={module.routing}; give "
+                "both the same"
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: MiniBatch, batch_idx: int

@@ -48,7 +48,11 @@ class ShadowObjectives(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         for name, objective in self.objectives.items():
-            recomputed = module.denominator == "recomputed" or "recomputed_log_prob" in module.loss.needs
+            recomputed = (
+                module.denominator == "recomputed"
+                or "recomputed_log_prob" in module.loss.needs
+                or module.routing == "r2"
+            )
             if "recomputed_log_prob" in objective.needs and not recomputed:
                 raise _lacks(name, "recomputed_log_prob")
             if "router_shift" in objective.needs and not module.is_moe:

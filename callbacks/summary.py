@@ -61,7 +61,7 @@ class RunSummary(L.Callback):
             group, _, rest = name.partition("/")
             if group == "mismatch":
                 self._mismatch[name] = value
-            elif group == "performance" and rest.endswith("_seconds"):
+            elif group == "performance" and rest.endswith("_seconds") and rest != "pre_pass_seconds":  # part of update
                 phase = rest.removesuffix("_seconds")
                 self._seconds_by_phase[phase] = self._seconds_by_phase.get(phase, 0.0) + value
         if REWARD in row:

@@ -12,7 +12,7 @@ import lightning as L
 class Throughput(L.Callback):
     """Records the rates of training and the time of each update.
 
-    Rates are over the last N updates, N being the updates of one rollout: a window of that length holds
+    Rates are over as many updates as one rollout serves: a window of that length holds
     exactly one generation phase wherever it lies, so that the curve does not jump between the first update of
     a rollout and the others. The time is the wall clock's, with everything between two updates in it:
     generation, weight synchronisation, evaluation, checkpoints. Samples and tokens are rank 0's times the
@@ -33,7 +33,7 @@ class Throughput(L.Callback):
         now = time.perf_counter()
         self._window.append((len(mini_batch.samples), len(result.tokens.log_prob), now - self._clock))
         self._clock = now
-        while len(self._window) > mini_batch.rollout_size:
+        while len(self._window) > mini_batch.rollout_size * mini_batch.passes:
             self._window.popleft()
         samples, tokens, seconds = (sum(column) for column in zip(*self._window, strict=True))
         module.record(

@@ -82,8 +82,8 @@ class WeightAlarms(L.Callback):
                 yield (
                     "ess",
                     f"The effective sample size of the importance weights was below {ESS_RATIO:.0%} of the responses "
-                    f"in {STREAK} updates in a row, {ratio:.1%} in the last: lower staleness.n or optim.lr, or look "
-                    "at mismatch/* if this is so from the first mini-batch of each rollout on.",
+                    f"in {STREAK} updates in a row, {ratio:.1%} in the last: lower staleness.n, rollout.passes "
+                    "or optim.lr, or look at mismatch/* if this is so from the first mini-batch of each rollout on.",
                 )
         coefficients = importance.sequence_coefficients(update.coefficient, tokens)
         for sign, values in importance.by_sign(coefficients, tokens).items():
@@ -95,8 +95,8 @@ class WeightAlarms(L.Callback):
                     sign,
                     f"More than {SUPPRESSED_SHARE:.0%} of the responses with {sign} advantage had a coefficient below "
                     f"{SUPPRESSED_BELOW:g} in {STREAK} updates in a row, {share:.0%} in the last, so hardly anything "
-                    "is learned from them: lower staleness.n or optim.lr, or set denominator=recomputed if "
-                    "mismatch/* is large.",
+                    "is learned from them: lower staleness.n, rollout.passes or optim.lr, or look at mismatch/* if "
+                    "this is so from the first mini-batch of each rollout on.",
                 )
 
     def _lasts(self, name: str, raised: bool) -> bool:
@@ -111,7 +111,10 @@ def weighs_whole_responses(objective: Objective) -> bool:
 
 def _length_alarms(tokens: TokenBatch, metrics: dict[str, float], longest: int) -> Iterator[tuple[str, str]]:
     """What goes wrong at equal weights already, where W should be 1."""
-    remedy = "set denominator=recomputed or engine.dtype=float32, or lower rollout.max_new_tokens"
+    remedy = (
+        "set denominator=recomputed, compute both in float32 (engine.dtype=float32 trainer.precision=32-true) or lower "
+        "rollout.max_new_tokens; for Mixture-of-Experts policies try routing=r3"
+    )
     fit = length_drift(tokens) if _fresh(tokens) else None
     if fit is not None:
         bias = fit.slope * longest

@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from run_entry_point import Sabotage, run_entry_point
 
 from vespo_lightning.callbacks.event_files import read_scalars
@@ -194,3 +196,18 @@ def test_killed_again_and_again_at_random_moments(seed: int, tmp_path: Path, uni
         kills += code == KILLED
     assert code == 0 and kills > 0
     assert_same(outcome(folder), uninterrupted)
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run_train(folder, [*SMALL_RUN, "updates=1", f"hydra.run.dir={folder}"]) == 0
+    stored = OmegaConf.load(folder / "config.yaml")
+    del stored["routing"], stored["rollout"]["passes"]
+    OmegaConf.save(stored, folder / "config.yaml")
+    ended = run_entry_point("train.py", [f"resume={folder}"], tmp_path)
+    assert ended.code == 1
+    assert re.fullmatch(
+        r"error: resume=\S+ was made by an earlier version, whose configuration lacks routing, rollout\.passes; start "
+        r"a new run from its weights with model\.path=\S+/export\n",
+        ended.err,
+    )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -153,6 +153,25 @@ def resume_config(typed: DictConfig, default: DictConfig, overrides: Sequence[st
     return stored
 
 
+def check_version(folder: str, default: Config, groups: Container[str]) -> None:
+    """Raises UserError where the stored configuration of a run lacks what this version reads.
+
+    Args:
+        groups: sections whose keys depend on the option that was chosen.
+    """
+    stored = load_resolved(folder)
+    lacking = [str(key) for key in default if key not in stored and key not in VOLATILE_KEYS]
+    for section, node in default.items():
+        if section in stored and isinstance(node, DictConfig) and section not in groups:
+            lacking += [f"{section!s}.{key!s}" for key in node if key not in stored[section]]
+    if lacking:
+        shown = ", ".join(lacking[:_MOST_DIFFERENCES]) + (", ..." if len(lacking) > _MOST_DIFFERENCES else "")
+        raise UserError(
+            f"resume={folder} was made by an earlier version, whose configuration lacks {shown}; start a new run from "
+            f"its weights with model.path={Path(folder) / 'export'}"
+        )
+
+
 def run_entry(main: Callable[[DictConfig], Any], config_name: str, config_path: str = CONFIG_PATH) -> None:
     """Runs `main(cfg)` under Hydra; the whole body of an entry point's `if __name__ == "__main__"`.
 
@@ -170,6 +189,7 @@ def run_entry(main: Callable[[DictConfig], Any], config_name: str, config_path: 
         with _one_sentence():
             if cfg.get("resume"):
                 default = compose(config_name, list(HydraConfig.get().overrides.hydra))
+                check_version(cfg.resume, default, HydraConfig.get().runtime.choices)
                 cfg = resume_config(cfg, default, HydraConfig.get().overrides.task)
             resolved(cfg)
             return main(cfg)

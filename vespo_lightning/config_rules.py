@@ -18,7 +18,7 @@ def check_run(cfg: Any) -> None:
     Args:
         cfg: the composed configuration of ``train.py``.
     """
-    for rule in (_numbers, _one_of, _sampling, _groups, _trainer, _optimizer, _stage, method_rules):
+    for rule in (_numbers, _one_of, _router, _sampling, _groups, _trainer, _optimizer, _stage, method_rules):
         for sentence in rule(cfg):
             raise UserError(sentence)
 
@@ -35,7 +35,12 @@ _WHOLE = {
 _ABOVE_ZERO = ("optim.lr", "optim.eps", "rollout.temperature", "sft.lr")
 _NOT_NEGATIVE = ("optim.weight_decay", "sft.weight_decay")
 _ANY_NUMBER = ("entropy_coefficient", "rollout.truncated_reward")
-_SWITCHES = ("rollout.shuffle_rewards", "rollout.dynamic_sampling", "model.gradient_checkpointing")
+_SWITCHES = (
+    "rollout.shuffle_rewards",
+    "rollout.dynamic_sampling",
+    "model.freeze_router",
+    "model.gradient_checkpointing",
+)
 
 
 def _numbers(cfg: Any) -> Iterator[str]:
@@ -72,6 +77,11 @@ def _one_of(cfg: Any) -> Iterator[str]:
     for key, valid in choices.items():
         if str(_get(cfg, key)) not in valid:
             yield f"{key}={_get(cfg, key)} is unknown; valid: {', '.join(valid)}"
+
+
+def _router(cfg: Any) -> Iterator[str]:
+    if cfg.model.router_dtype not in (None, "float32"):
+        yield f"model.router_dtype={cfg.model.router_dtype} is unknown; valid: null, float32"
 
 
 def _sampling(cfg: Any) -> Iterator[str]:

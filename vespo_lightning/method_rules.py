@@ -31,7 +31,14 @@ def method_warnings(cfg: Any) -> Iterator[str]:
     Args:
         cfg: the composed configuration of ``train.py``.
     """
-    for warnings in (_sampling, _precision, _length_filters, _published_differently, _penalised_groups):
+    for warnings in (
+        _sampling,
+        _precision,
+        _rounded_gates,
+        _length_filters,
+        _published_differently,
+        _penalised_groups,
+    ):
         yield from warnings(cfg)
 
 
@@ -185,7 +192,7 @@ def _precision(cfg: Any) -> Iterator[str]:
     if _module(cfg.engine) == "vllm_engine":
         yield (
             f"engine.dtype={dtype}: vLLM computes the logits in it, which in bfloat16 alone is noise of 0.015 nats per "
-            "token, about 1 nat of log W at 4096 tokens; engine.dtype=float32 has none of it"
+            "token, about 1 nat of log W at 4096 tokens; engine.dtype=float32 trainer.precision=32-true has none"
         )
     name = _module(cfg.objective)
     if cfg.denominator == "behaviour" and name in ON_SEQUENCE_WEIGHT:
@@ -193,6 +200,14 @@ def _precision(cfg: Any) -> Iterator[str]:
             f"denominator=behaviour with engine.dtype={dtype}: the engine's mismatch makes log W drift with the length "
             f"of the response, and objective={name} acts on W; with long responses use denominator=recomputed, with "
             "correction=tis or mis for the mismatch"
+        )
+
+
+def _rounded_gates(cfg: Any) -> Iterator[str]:
+    if cfg.routing.gate_weights == "recorded" and cfg.engine.get("dtype") not in _LOW_PRECISION:
+        yield (
+            "routing.gate_weights=recorded with engine.dtype=float32 replays probabilities that are stored in float16, "
+            "which differ more from the engine's than live ones do; use routing.gate_weights=live"
         )
 
 
@@ -231,12 +246,12 @@ def _published_differently(cfg: Any) -> Iterator[str]:
 
 
 def _penalised_groups(cfg: Any) -> Iterator[str]:
-    divides = str(cfg.advantage.get("_target_")).endswith(".GroupMeanStd")
+    divides = str(cfg.advantage.get("_target_")).endswith((".GroupMeanStd", ".BatchStd"))
     if divides and _kl_node(cfg).get("placement") == "reward":
         yield (
-            "kl=reward_k1 with advantage=group_mean_std: in groups whose task rewards are equal the penalty is all "
-            "there is, and the division by its std makes it as large as a reward, whatever kl.coefficient is; "
-            "use advantage=group_mean or kl=loss_k3"
+            "kl=reward_k1 with an advantage that is divided by a std: where all task rewards are equal the penalty is "
+            "all there is, and the division makes it as large as a reward, whatever kl.coefficient is; use "
+            "advantage=group_mean or kl=loss_k3"
         )
 
 

@@ -12,7 +12,9 @@ from vespo_lightning.errors import UserError
 class Producer:
     """Records what the callback asks of it."""
 
-    def __init__(self, temperature: float = 1.0, recompute: bool = False) -> None:
+    def __init__(self, temperature: float = 1.0, recompute: bool = False, routing: str = "native") -> None:
+        self.routing, self.reference = routing, False
+        self.engine = SimpleNamespace(returns_routing=False)
         self.sampling = SimpleNamespace(temperature=temperature)
         self.recompute = recompute
         self.check = SimpleNamespace(calibration={"offset": 5, "tolerance": 0.25})
@@ -24,8 +26,15 @@ class Producer:
         self.started += [model_path, source, calibration]
 
 
-def module(temperature: float = 1.0, denominator: str = "behaviour") -> SimpleNamespace:
-    return SimpleNamespace(temperature=temperature, denominator=denominator)
+def module(
+    temperature: float = 1.0,
+    denominator: str = "behaviour",
+    routing: str = "native",
+    needs: frozenset[str] = frozenset(),
+    kl: object = None,
+) -> SimpleNamespace:
+    loss = SimpleNamespace(needs=needs, kl=kl)
+    return SimpleNamespace(temperature=temperature, denominator=denominator, routing=routing, loss=loss)
 
 
 def batch(uniform: float, position: int = 0):
@@ -55,6 +64,9 @@ def test_a_resumed_run_keeps_the_calibration_of_its_first_start():
     [
         (Producer(temperature=0.7), module(), "temperature=0.7"),
         (Producer(), module(denominator="recomputed"), "recompute=True"),
+        (Producer(), module(needs=frozenset({"recomputed_log_prob"})), "a correction needs a producer with recompute"),
+        (Producer(), module(kl=object()), "reference=True"),
+        (Producer(), module(routing="r2"), "routing=native, the module for routing=r2"),
     ],
 )
 def test_producer_and_module_must_mean_the_same_ratio(producer, policy, message):
@@ -71,3 +83,8 @@ def test_warns_once_when_nothing_can_be_learned():
             callback.on_train_batch_end(None, None, None, batch(share), 0)
             callback.on_train_batch_end(None, None, None, mini_batch(1, rollout_size=2), 1)
     assert len(seen) == 1 and "every advantage is 0" in str(seen[0].message)
+
+
+def test_an_engine_without_routing_has_nothing_to_replay():
+    with pytest.raises(UserError, match=r"routing=r3 replays .* SimpleNamespace returns none"):
+        RolloutGeneration(Producer(routing="r3"), "folder").on_fit_start(None, module(routing="r3"))

@@ -142,7 +142,7 @@ def watching(need: str) -> ShadowObjectives:
 
 
 def module(denominator: str = "behaviour", needs: frozenset[str] = frozenset(), is_moe: bool = True) -> SimpleNamespace:
-    return SimpleNamespace(denominator=denominator, loss=SimpleNamespace(needs=needs), is_moe=is_moe)
+    return SimpleNamespace(denominator=denominator, loss=SimpleNamespace(needs=needs), is_moe=is_moe, routing="native")
 
 
 def test_missing_log_probs_of_the_trainer_are_refused_at_start():

@@ -11,6 +11,7 @@ from pieces import fit, make_mini_batch, make_samples, own_log_probs, tiny_polic
 
 from vespo_lightning.corrections.masked_is import MaskedIs
 from vespo_lightning.corrections.tis import TokenTis
+from vespo_lightning.errors import UserError
 from vespo_lightning.objectives.kl import KlPenalty
 from vespo_lightning.objectives.m2po import M2po
 from vespo_lightning.objectives.min_variance import MinVariance, min_variance_advantage
@@ -187,6 +188,11 @@ def test_the_minimum_variance_baseline_enters_the_gradient(estimator):
     torch.testing.assert_close(module.last_update.tokens.advantage.double(), advantage, rtol=1e-5, atol=1e-7)
     assert_equal(found, expected, 1e-5)  # advantages are float32
     assert module.last_update.loss == pytest.approx(-float((factor * log_prob).sum()) / len(log_prob), rel=1e-5)
+
+
+def test_a_coefficient_that_looks_at_the_advantage_is_refused():
+    with pytest.raises(UserError, match=r"^advantage=min_variance needs .* the coefficient of Vespo does; use another"):
+        PolicyModule(tiny_policy(), Vespo(), baseline=MinVariance("proxy"))
 
 
 def test_a_uniform_group_keeps_advantage_zero():

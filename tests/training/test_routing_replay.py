@@ -145,6 +145,12 @@ def test_dense_policies_have_nothing_to_replay(routing):
         num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
-    module = PolicyModule(model, Vespo(), routing=routing)
     with pytest.raises(UserError, match=rf"^routing={routing} replays .* set routing=native$"):
-        fit(module, [make_mini_batch(make_samples(model))])
+        PolicyModule(model, Vespo(), routing=routing)
+
+
+def test_gate_weights_of_nobody():
+    with pytest.raises(
+        UserError, match=r"^routing\.gate_weights=recorded does nothing with routing=r2; use routing=r3$"
+    ):
+        PolicyModule(tiny_policy(), Vespo(), routing="r2", gate_weights="recorded")

@@ -104,6 +104,7 @@ class RolloutLoader:
             advantages=torch.zeros(len(samples)),
             in_loss=[not (s.truncated and self.producer.truncated == "mask") for s in samples],
             rollout_metrics=metrics,
+            passes=self.passes,
             pass_number=pass_number,
             reward_penalty=self._reward_penalty(samples),
         )

@@ -110,7 +110,7 @@ class RolloutProducer:
         self.chunk_groups = chunk_groups
         self.truncated = truncated
         self.truncated_reward = truncated_reward
-        self.recompute = recompute
+        self.recompute = recompute or routing == "r2"
         self.routing = routing
         self.shuffle_rewards = shuffle_rewards
         self.reference = reference
@@ -305,7 +305,7 @@ class RolloutProducer:
 
     def _add_log_probs(self, samples: list[Sample], seconds: dict[str, float]) -> None:
         """What only the trainer can give."""
-        if self.routing == "r3":
+        if self.routing == "r3" or samples[0].routed_experts is not None:
             self.source.check_routing(samples)
         started = time.perf_counter()
         if self.recompute:

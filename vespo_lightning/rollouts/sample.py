@@ -91,6 +91,8 @@ class MiniBatch:
     """[S] False for samples that leave the loss (``rollout.truncated=mask``); they stay in its normalisation."""
     rollout_metrics: dict[str, float] = field(default_factory=dict)
     """Facts about the whole rollout, on its first mini-batch only (generation time, truncation, reward errors)."""
+    passes: int = 1
+    """times that its rollout is gone through"""
     pass_number: int = 0
     """0-based: how often the rollout was gone through before."""
     reward_penalty: Tensor | None = None

@@ -10,7 +10,7 @@ The load-balance loss is a product of two means over tokens. With f_e counted in
 loss and gradient depend on how the mini-batch is cut, and small micro-batches push every sequence towards a uniform
 load of its own (arXiv 2501.11873). Here f_e is that of the whole mini-batch and all ranks. Given f the loss is linear
 in p, so that micro-batches add up to the loss and gradient of the mini-batch. The price is that f has to be known
-before the first backward: from the experts that are about to be replayed, or from a forward pass without gradients.
+before the first backward, from a forward pass without gradients.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import numpy as np
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.sample import Sample
 
-_OTHER_MODEL = "let engine and trainer run the same model, or set routing=native"
-_BROKEN_CAPTURE = "use another version of the engine, or set routing=native"
+_OTHER_MODEL = "let engine and trainer run the same model, or set routing=native engine.record_routing=false"
+_BROKEN_CAPTURE = "use another version of the engine, or set routing=native engine.record_routing=false"
 
 
 def check_recorded_experts(

@@ -145,6 +145,32 @@ class PolicyModule(WeightSourceModule):
         self.skipped_streak = 0
         self.last_update: UpdateResult | None = None
         self._record: dict[str, float] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse combinations that would only fail, or be wrong, after the first rollout."""
+        if "router_shift" in self.loss.needs and not self.is_moe:
+            raise UserError(
+                f"correction=router_shift needs a Mixture-of-Experts policy, and {type(self.model).__name__} has no "
+                "routers; take router_shift out of correction"
+            )
+        if self.loss.router_losses.needs_graph and not self.is_moe:
+            raise UserError(
+                f"router_loss.load_balance={self.loss.router_losses.load_balance:g} and router_loss.z="
+                f"{self.loss.router_losses.z:g} act on routers, and {type(self.model).__name__} has none; set both to 0"
+            )
+        if self.replayed != "none" and not self.is_moe:
+            raise UserError(
+                f"routing={self.routing} replays the choice of routers, and {type(self.model).__name__} has none; set "
+                "routing=native"
+            )
+        if self.gate_weights and self.routing != "r3":
+            raise UserError(f"routing.gate_weights=recorded does nothing with routing={self.routing}; use routing=r3")
+        if self.baseline is not None and self.objective.depends_on_advantage:
+            raise UserError(
+                f"advantage=min_variance needs gradients that do not depend on the advantage, and the coefficient of "
+                f"{type(self.objective).__name__} does; use another objective or advantage"
+            )
 
     @property
     def objective(self) -> Objective:
@@ -174,21 +200,6 @@ class PolicyModule(WeightSourceModule):
             raise UserError(
                 f"trainer.precision=64-true does not run with model.experts={experts}; use model.experts=loop"
             )
-        if "router_shift" in self.loss.needs and not self.is_moe:
-            raise UserError(
-                f"correction=router_shift needs a Mixture-of-Experts policy, and {type(self.model).__name__} has no "
-                "routers; take router_shift out of correction"
-            )
-        if self.loss.router_losses.needs_graph and not self.is_moe:
-            raise UserError(
-                f"router_loss.load_balance={self.loss.router_losses.load_balance:g} and router_loss.z="
-                f"{self.loss.router_losses.z:g} act on routers, and {type(self.model).__name__} has none; set both to 0"
-            )
-        if self.replayed != "none" and not self.is_moe:
-            raise UserError(
-                f"routing={self.routing} replays the choice of routers, and {type(self.model).__name__} has none; set "
-                "routing=native"
-            )
         if self.layout != "packed":
             return
         with self._precision():
@@ -215,7 +226,7 @@ class PolicyModule(WeightSourceModule):
         start = time.perf_counter()
         optimizer = self.optimizers()
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-        passes = self._passes(batch, self.replayed, routing=bool(self._observers()))
+        passes = self._passes(batch, self.replayed, bool(self._observers()), self.gate_weights)
         loss = self._backward(passes)
         grad_norm = self._clip()
         whole = passes.whole()
@@ -238,8 +249,11 @@ class PolicyModule(WeightSourceModule):
         self._record_update(self.last_update)
 
     def look(self, batch: MiniBatch, replayed: Replayed) -> Iterator[ForwardPass]:
-        """Forward passes without gradients over a mini-batch, at the weights of the moment and with their routing."""
-        passes = self._passes(batch, replayed, routing=True).run()
+        """Forward passes without gradients over a mini-batch, at the weights of the moment and with their routing.
+
+        Replayed experts get live gate weights, so that what differs is the choice alone.
+        """
+        passes = self._passes(batch, replayed, routing=True, gate_weights=False).run()
         while True:
             # not around the yield: what the caller does between passes is not to run in this context
             with torch.no_grad(), self._precision():
@@ -248,7 +262,7 @@ class PolicyModule(WeightSourceModule):
                 return
             yield done
 
-    def _passes(self, batch: MiniBatch, replayed: Replayed, routing: bool) -> MiniBatchPasses:
+    def _passes(self, batch: MiniBatch, replayed: Replayed, routing: bool, gate_weights: bool) -> MiniBatchPasses:
         return MiniBatchPasses(
             self.policy,
             self.tap,
@@ -261,7 +275,7 @@ class PolicyModule(WeightSourceModule):
             routing=routing,
             needs=self.loss.needs,
             replayed=replayed,
-            gate_weights=self.gate_weights,
+            gate_weights=gate_weights,
             router_graph=self.loss.router_losses.needs_graph,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vespo_lightning.errors import UserError
 from vespo_lightning.rollouts.sample import Sample
 from vespo_lightning.rollouts.weight_check import fingerprint
+from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.micro_batches import Layout, collate, plan_micro_batches
 from vespo_lightning.training.policy import ModelInputs, Policy
 from vespo_lightning.training.precision import precise_parameters
@@ -72,6 +74,7 @@ class ReferencePolicy:
 
     def __init__(self, model: PreTrainedModel, path: str, head_chunk: int = 1024) -> None:
         self.policy = Policy(model.requires_grad_(False), chunk=head_chunk)
+        self.tap = RouterTap.attach(model)
         self.path = path
         self.checksum = f"{fingerprint(tensor for _, tensor in checkpoint_tensors(model)):016x}"
         """of the weights as they were loaded: what rollouts and checkpoints know the reference by"""
@@ -86,8 +89,13 @@ class ReferencePolicy:
             parameter.data = parameter.data.to(device, None if id(parameter) in precise else dtype)
         self.policy.to(device)
 
-    def log_probs(
-        self, samples: Sequence[Sample], *, token_budget: int, layout: Layout, temperature: float
-    ) -> list[np.ndarray]:
-        """float32 [T] per sample, see :func:`sample_log_probs`."""
-        return sample_log_probs(self.policy, samples, token_budget=token_budget, layout=layout, temperature=temperature)
+    def routes_like(self, tap: RouterTap | None) -> bool:
+        """Whether routing of the policy with ``tap`` can be replayed here."""
+        own = self.tap
+        if own is None or tap is None:
+            return False
+        return (own.layers, own.num_experts, own.top_k) == (tap.layers, tap.num_experts, tap.top_k)
+
+    def log_probs(self, samples: Sequence[Sample], **options: Any) -> list[np.ndarray]:
+        """float32 [T] per sample; for the options see :func:`sample_log_probs`."""
+        return sample_log_probs(self.policy, samples, **options)

@@ -62,7 +62,8 @@ class WeightSourceModule(PreciseModule):
         Raises:
             UserError: names the sample.
         """
-        assert self.tap is not None
+        if self.tap is None:  # a dense policy trains on no routing
+            return
         for sample in samples:
             check_recorded_experts(
                 sample, self.tap.num_decoder_layers, self.tap.layers, self.tap.num_experts, self.tap.top_k
@@ -74,8 +75,11 @@ class WeightSourceModule(PreciseModule):
         """float32 [T] per sample: log-probs of the reference policy, in this trainer's precision."""
         assert self.reference is not None, "log-probs of a reference policy that the module was not given"
         self.reference.to(self.device, cast(torch.dtype, self.dtype))
+        # Routed like the policy where it can be, so that equal weights are at distance 0.
+        replayed = self.replayed if self.reference.routes_like(self.tap) else "none"
+        around = partial(replaying, self.reference.tap, replayed, self.gate_weights)
         with self._precision():
-            return self.reference.log_probs(samples, **self._scoring)
+            return self.reference.log_probs(samples, around=around, **self._scoring)
 
     def reference_checksum(self) -> str:
         """Of the weights of the reference policy."""
