@@ -16,19 +16,13 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from real_rollouts import train
 
-from vespo_lightning.callbacks.rollout_generation import RolloutGeneration
 from vespo_lightning.callbacks.router_monitor import RouterMonitor
 from vespo_lightning.config_check import CONFIG_PATH, config_source
-from vespo_lightning.models.loading import load_model, load_tokenizer, resolve_model_path
-from vespo_lightning.rollouts.loader import RolloutLoader
-from vespo_lightning.rollouts.producer import RolloutProducer
-from vespo_lightning.training.module import PolicyModule
 from vespo_lightning.training.routing_batches import Replayed
 
-SETTINGS = ("name=routing_cost", "updates=48", "staleness.n=8", "routing=r3")
+SETTINGS = ("name=routing_cost", "updates=48", "staleness.n=8")
 #: Mini-batches at the beginning that are not counted: first calls allocate and compile.
 WARM_UP = 4
 #: Name -> whose routing is replayed, and whether it is captured and measured.
@@ -59,8 +53,9 @@ class Clock(L.Callback):
     def _gradient(trainer: L.Trainer, module: Any, batch: Any, replayed: Replayed, capture: bool) -> None:
         monitor = RouterMonitor()
         passes = module._passes(batch, replayed, routing=capture, gate_weights=False)
+        totals = module.loss.router_totals(passes.tokens, None)
         for done in passes.run():
-            module.loss(passes.tokens, done, module.loss.multiplier(done.tokens)).backward()
+            module.loss(passes.tokens, done, module.loss.multiplier(done.tokens), totals).backward()
             if capture:
                 monitor.on_micro_batch_end(trainer, module, done.observed)
         if capture:
@@ -75,43 +70,14 @@ def _now() -> float:
     return time.process_time()
 
 
-def measure(cfg: DictConfig, folder: Path) -> dict[str, list[float]]:
-    model_path = resolve_model_path(str(cfg.model.path))
-    tokenizer = load_tokenizer(model_path)
-    task, engine, objective, advantage, staleness = (
-        instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")
-    )
-    sampling = {name: cfg.rollout[name] for name in ("group_size", "temperature", "max_new_tokens", "chunk_groups")}
-    producer = RolloutProducer(task, tokenizer, engine, str(folder), seed=cfg.seed, **sampling)
-    loader = RolloutLoader(producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size)
-    module = PolicyModule(
-        load_model(model_path, "float32", cfg.model.experts),
-        objective,
-        updates=cfg.updates,
-        **OmegaConf.to_container(cfg.optim),
-        **cfg.batching,
-    )
-    clock = Clock()
-    trainer = L.Trainer(
-        **cfg.trainer,
-        max_epochs=1,
-        callbacks=[RolloutGeneration(producer, model_path), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, loader)
-    return clock.seconds
-
-
 def main() -> None:
     with config_source(CONFIG_PATH):
         cfg = compose("train", [*SETTINGS, *sys.argv[1:]])
     torch.set_num_threads(cfg.threads)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {name: values[WARM_UP:] for name, values in measure(cfg, Path(folder)).items()}
+        clock = Clock()
+        train(cfg, Path(folder), clock, lambda loader: loader)
+    seconds = {name: values[WARM_UP:] for name, values in clock.seconds.items()}
     plain = seconds["neither"]
     print(f"gradient of {cfg.mini_batch_size} responses, {len(plain)} mini-batches; median [quartiles]")
     for name, values in seconds.items():

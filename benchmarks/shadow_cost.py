@@ -17,18 +17,13 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from real_rollouts import train
 
-from vespo_lightning.callbacks.rollout_generation import RolloutGeneration
 from vespo_lightning.callbacks.shadow_objectives import ShadowObjectives
 from vespo_lightning.config_check import CONFIG_PATH, config_source
-from vespo_lightning.models.loading import load_model, load_tokenizer, resolve_model_path
 from vespo_lightning.objectives.options import default_objective, option_names
 from vespo_lightning.rollouts.loader import RolloutLoader
-from vespo_lightning.rollouts.producer import RolloutProducer
 from vespo_lightning.rollouts.sample import MiniBatch
-from vespo_lightning.training.module import PolicyModule
 
 #: denominator=recomputed, so that methods that need those log-probs take part; an odd number of mini-batches per
 #: rollout, so that the first one after generation is not always watched first.
@@ -85,40 +80,6 @@ def _now() -> float:
     return time.process_time()
 
 
-def measure(cfg: DictConfig, folder: Path, names: list[str]) -> Clock:
-    model_path = resolve_model_path(str(cfg.model.path))
-    tokenizer = load_tokenizer(model_path)
-    task, engine, objective, advantage, staleness = (
-        instantiate(cfg[group]) for group in ("task", "engine", "objective", "advantage", "staleness")
-    )
-    sampling = {name: cfg.rollout[name] for name in ("group_size", "temperature", "max_new_tokens", "chunk_groups")}
-    producer = RolloutProducer(task, tokenizer, engine, str(folder), seed=cfg.seed, recompute=True, **sampling)
-    loader = RolloutLoader(producer, staleness, advantage, updates=cfg.updates, mini_batch_size=cfg.mini_batch_size)
-    module = PolicyModule(
-        load_model(model_path, "float32", cfg.model.experts),
-        objective,
-        updates=2 * cfg.updates,
-        denominator=cfg.denominator,
-        aggregation=cfg.aggregation,
-        temperature=cfg.rollout.temperature,
-        **OmegaConf.to_container(cfg.optim),
-        **cfg.batching,
-    )
-    clock = Clock(ShadowObjectives(names))
-    trainer = L.Trainer(
-        **cfg.trainer,
-        max_epochs=1,
-        callbacks=[RolloutGeneration(producer, model_path), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, Twice(loader))
-    return clock
-
-
 def spread(values: list[float], unit: float) -> str:
     """Median and quartiles."""
     low, middle, high = (value / unit for value in statistics.quantiles(values, n=4))
@@ -131,7 +92,8 @@ def main() -> None:
     torch.set_num_threads(cfg.threads)
     names = [name for name in option_names() if default_objective(name).needs <= {"recomputed_log_prob"}]
     with tempfile.TemporaryDirectory() as folder:
-        clock = measure(cfg, Path(folder), names)
+        clock = Clock(ShadowObjectives(names))
+        train(cfg, Path(folder), clock, Twice)
     plain, watched, alone = (values[WARM_UP:] for values in (clock.plain, clock.watched, clock.shadow_alone))
     pairs = [with_ / without - 1 for with_, without in zip(watched, plain, strict=True)]
     print(f"{len(names)} objectives: {', '.join(names)}")
