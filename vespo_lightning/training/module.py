@@ -22,6 +22,7 @@ from vespo_lightning.rollouts.sample import MiniBatch
 from vespo_lightning.routing.losses import RouterLosses, expert_load
 from vespo_lightning.routing.tap import RouterTap
 from vespo_lightning.training.aggregation import Aggregation
+from vespo_lightning.training.combinations import check_combinations
 from vespo_lightning.training.loss import MiniBatchLoss
 from vespo_lightning.training.micro_batches import Layout
 from vespo_lightning.training.min_variance import backward_per_sequence, set_advantage_from_head
@@ -145,32 +146,7 @@ class PolicyModule(WeightSourceModule):
         self.skipped_streak = 0
         self.last_update: UpdateResult | None = None
         self._record: dict[str, float] = {}
-        self._check()
-
-    def _check(self) -> None:
-        """Refuse combinations that would only fail, or be wrong, after the first rollout."""
-        if "router_shift" in self.loss.needs and not self.is_moe:
-            raise UserError(
-                f"correction=router_shift needs a Mixture-of-Experts policy, and {type(self.model).__name__} has no "
-                "routers; take router_shift out of correction"
-            )
-        if self.loss.router_losses.needs_graph and not self.is_moe:
-            raise UserError(
-                f"router_loss.load_balance={self.loss.router_losses.load_balance:g} and router_loss.z="
-                f"{self.loss.router_losses.z:g} act on routers, and {type(self.model).__name__} has none; set both to 0"
-            )
-        if self.replayed != "none" and not self.is_moe:
-            raise UserError(
-                f"routing={self.routing} replays the choice of routers, and {type(self.model).__name__} has none; set "
-                "routing=native"
-            )
-        if self.gate_weights and self.routing != "r3":
-            raise UserError(f"routing.gate_weights=recorded does nothing with routing={self.routing}; use routing=r3")
-        if self.baseline is not None and self.objective.depends_on_advantage:
-            raise UserError(
-                f"advantage=min_variance needs gradients that do not depend on the advantage, and the coefficient of "
-                f"{type(self.objective).__name__} does; use another objective or advantage"
-            )
+        check_combinations(self)
 
     @property
     def objective(self) -> Objective:
