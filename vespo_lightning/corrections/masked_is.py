@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from vespo_lightning.corrections.base import Correction
 from vespo_lightning.corrections.checks import require_range
-from vespo_lightning.corrections.ratios import behaviour_log_ratio, with_engine_weight
+from vespo_lightning.corrections.ratios import behaviour_log_ratio, outside, with_engine_weight
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.statistics import means
 
@@ -47,19 +44,14 @@ class MaskedIs(Correction):
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         log_ratio = behaviour_log_ratio(batch)
-        kept = replace(batch, loss_mask=batch.loss_mask & ~self._outside(log_ratio))
+        kept = replace(batch, loss_mask=batch.loss_mask & ~outside(log_ratio, self.low, self.high))
         return with_engine_weight(kept, log_ratio) if batch.denominator == "recomputed" else kept
 
     def statistics(self, batch: TokenBatch) -> dict[str, float]:
         """Share of tokens in the loss that leave it, and the mean weight of those that stay, where they get one."""
         log_ratio = behaviour_log_ratio(batch)
-        outside = self._outside(log_ratio)
-        numbers = {"correction/mis_masked_share": outside[batch.loss_mask]}
+        masked = outside(log_ratio, self.low, self.high)
+        numbers = {"correction/mis_masked_share": masked[batch.loss_mask]}
         if batch.denominator == "recomputed":
-            numbers["correction/mis_weight_mean"] = log_ratio[batch.loss_mask & ~outside].exp()
+            numbers["correction/mis_weight_mean"] = log_ratio[batch.loss_mask & ~masked].exp()
         return means(numbers)
-
-    def _outside(self, log_ratio: Tensor) -> Tensor:
-        """bool [T]; False for NaN."""
-        ratio = log_ratio.double().exp()
-        return torch.logical_or(ratio < self.low, ratio > self.high)

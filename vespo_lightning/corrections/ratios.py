@@ -50,3 +50,9 @@ def with_final_weight(batch: TokenBatch, weight: Tensor) -> TokenBatch:
     weight = torch.where(batch.loss_mask, weight, 1.0)
     earlier = batch.final_weight
     return replace(batch, final_weight=weight if earlier is None else earlier * weight)
+
+
+def outside(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    """bool, as ``log_ratio``: whether the ratio is not in [low, high]; False for NaN."""
+    ratio = log_ratio.double().exp()
+    return torch.logical_or(ratio < low, ratio > high)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vespo_lightning.corrections.checks import require_range
 from vespo_lightning.corrections.filters import ResponseFilter, kept_length_ratio, mean_per_token
-from vespo_lightning.corrections.ratios import behaviour_log_ratio
+from vespo_lightning.corrections.ratios import behaviour_log_ratio, outside
 from vespo_lightning.objectives.base import TokenBatch
 from vespo_lightning.objectives.statistics import means
 
@@ -43,7 +42,7 @@ class Geometric(ResponseFilter):
         self.low, self.high = require_range("geometric", low, high)
 
     def rejected(self, batch: TokenBatch) -> Tensor:
-        return _outside(mean_per_token(behaviour_log_ratio(batch), batch), self.low, self.high)
+        return outside(mean_per_token(behaviour_log_ratio(batch), batch), self.low, self.high)
 
     def statistics(self, batch: TokenBatch) -> dict[str, float]:
         """Share of responses with tokens in the loss that leave it, and mean length of those that stay over all."""
@@ -83,7 +82,7 @@ class SequenceRejection(ResponseFilter):
         self.low, self.high = require_range("sequence_rejection", low, high)
 
     def rejected(self, batch: TokenBatch) -> Tensor:
-        return _outside(batch.sequence_sum(behaviour_log_ratio(batch).double()), self.low, self.high)
+        return outside(batch.sequence_sum(behaviour_log_ratio(batch).double()), self.low, self.high)
 
     def statistics(self, batch: TokenBatch) -> dict[str, float]:
         """As of :class:`Geometric`."""
@@ -94,9 +93,3 @@ class SequenceRejection(ResponseFilter):
                 "correction/sequence_kept_length_ratio": kept_length_ratio(rejected, batch),
             }
         )
-
-
-def _outside(log_ratio: Tensor, low: float, high: float) -> Tensor:
-    """bool, as ``log_ratio``; False for NaN."""
-    ratio = log_ratio.exp()
-    return torch.logical_or(ratio < low, ratio > high)

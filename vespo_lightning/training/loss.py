@@ -52,7 +52,7 @@ class MiniBatchLoss:
 
     def weights(self, tokens: MiniBatchTokens, sequences: Sequence[int], sequence_index: Tensor) -> Tensor:
         """[t] aggregation weight of the tokens of some sequences."""
-        totals = Totals(int(tokens.written.sum()), len(tokens.written), self.max_response_tokens)
+        totals = Totals(tokens.total_written, len(tokens.written), self.max_response_tokens)
         return token_weights(self.aggregation, tokens.written[list(sequences)], sequence_index, totals)
 
     def multiplier(self, tokens: TokenBatch) -> Tensor:

@@ -82,7 +82,6 @@ class MiniBatchPasses:
         self.layout: Layout = layout
         self.temperature = temperature
         self.policy_version = policy_version
-        self.needs = needs
         self.replayed: Replayed = replayed
         self.gate_weights = gate_weights
         self.router_graph = router_graph

@@ -31,6 +31,8 @@ class MiniBatchTokens:
     """bool [T] tokens in the loss: written by the policy, in a sample that the loss keeps"""
     written: Tensor
     """int64 [S] tokens written by the policy, whether or not in the loss: what the loss is normalised by"""
+    total_written: int
+    """their sum, known without asking the device"""
     version_made: Tensor
     sequence_index: Tensor
     length: Tensor
@@ -55,6 +57,7 @@ class MiniBatchTokens:
             known = [array for array in arrays if array is not None]
             return flat(known) if len(known) == len(arrays) else None
 
+        written = [int(s.loss_mask.sum()) for s in samples]
         top_ids = optional([s.top_ids for s in samples])
         return cls(
             behaviour_log_prob=flat([s.behaviour_log_probs for s in samples]),
@@ -66,7 +69,8 @@ class MiniBatchTokens:
             if top_ids is None
             else (top_ids == flat([s.response_ids for s in samples])[:, None]).any(dim=1),
             loss_mask=flat([s.loss_mask & keep for s, keep in zip(samples, batch.in_loss, strict=True)]),
-            written=torch.tensor([int(s.loss_mask.sum()) for s in samples], device=device),
+            written=torch.tensor(written, device=device),
+            total_written=sum(written),
             version_made=flat([s.versions() for s in samples]),
             sequence_index=flat([np.repeat(np.arange(len(samples)), lengths)]),
             length=torch.from_numpy(lengths).to(device),
